@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a routing plan against a model's routers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moe_tta.plan import FIELDS, NUM_SELECT_ARGS, PlanError, Select
+
+if TYPE_CHECKING:
+    from moe_tta.plan import RoutingPlan
+    from moe_tta.shape import RouterShape
+
+
+def check_plan(plan: RoutingPlan, shape: RouterShape) -> None:
+    """Raise `PlanError` where the plan does not fit the model."""
+    _check_arrays(plan, shape)
+    _check_selection(plan, shape)
+    _check_masks(plan, shape)
+    _check_target(plan, shape)
+
+
+def _check_arrays(plan: RoutingPlan, shape: RouterShape) -> None:
+    num_layers, num_experts = len(shape.layers), shape.num_experts
+    for name, value in plan.arrays().items():
+        dtype, per_expert, _ = FIELDS[name]
+        want = (num_layers, num_experts) if per_expert else (num_layers,)
+        if name == "select_args":
+            want = (num_layers, NUM_SELECT_ARGS)
+        if value.shape != want:
+            raise PlanError(f"{name} has shape {value.shape}, expected {want}")
+        if value.dtype != dtype:
+            raise PlanError(f"{name} is {value.dtype}, expected {np.dtype(dtype)}")
+        if value.dtype == np.float32 and not np.isfinite(value).all():
+            raise PlanError(f"{name} holds values that are not finite")
+
+
+def _check_masks(plan: RoutingPlan, shape: RouterShape) -> None:
+    if plan.promote is not None:
+        if plan.demote is not None and (plan.promote & plan.demote).any():
+            raise PlanError("an expert is both promoted and demoted")
+        if plan.allow is not None and (plan.promote & ~plan.allow).any():
+            raise PlanError("an expert is promoted but not allowed")
+        _check_promoted_groups(plan.promote, shape)
+    if plan.scale is not None and (plan.scale < 0).any():
+        raise PlanError("scale holds a negative factor, expected >= 0")
+    _check_enough_allowed(plan, shape)
+
+
+def _check_promoted_groups(promote: np.ndarray, shape: RouterShape) -> None:
+    if not shape.grouped:
+        return
+    groups = promote.reshape(len(promote), shape.num_expert_group, -1).any(axis=2)
+    for layer, count in zip(shape.layers, groups.sum(axis=1), strict=True):
+        if count > shape.topk_group:
+            raise PlanError(
+                f"layer {layer}: promoted experts lie in {count} groups, but a token "
+                f"uses {shape.topk_group} of {shape.num_expert_group}"
+            )
+
+
+def _check_enough_allowed(plan: RoutingPlan, shape: RouterShape) -> None:
+    """Every row must find as many allowed experts as it will use."""
+    needed = _needed_experts(plan, shape)
+    num_layers = len(shape.layers)
+    allow = np.ones((num_layers, shape.num_experts), bool)
+    if plan.allow is not None:
+        allow = plan.allow
+    grouped = allow.reshape(num_layers, shape.num_expert_group, -1)
+    per_group = np.sort(grouped.sum(axis=2), axis=1)
+    for index, layer in enumerate(shape.layers):
+        counts = per_group[index]
+        # the worst choice of groups a token can make: the smallest non-empty ones
+        reachable = int(counts[counts > 0][: shape.topk_group].sum())
+        if reachable < needed[index]:
+            where = (
+                f" in the {shape.topk_group} groups a token may be given"
+                if shape.grouped
+                else ""
+            )
+            raise PlanError(
+                f"layer {layer}: {reachable} experts stay allowed{where}, expected at "
+                f"least {needed[index]}"
+            )
+
+
+def _needed_experts(plan: RoutingPlan, shape: RouterShape) -> np.ndarray:
+    """Return int [L]: the most experts a row may use in each layer."""
+    needed = np.full(len(shape.layers), shape.top_k)
+    if plan.select is None:
+        return needed
+    chosen = np.where(plan.select == Select.MODEL, shape.top_k, plan.k_max)
+    if plan.select_args is not None:
+        ranks = plan.select == Select.RANKS
+        chosen = np.where(ranks, chosen + plan.select_args[:, 0].astype(int), chosen)
+    return chosen
+
+
+def _check_target(plan: RoutingPlan, shape: RouterShape) -> None:
+    if plan.mix is None:
+        return
+    if not shape.is_distribution:
+        raise PlanError(
+            "target and mix need a softmax router without correction bias; this model "
+            f"scores with {shape.scoring}"
+            + (" and a correction bias" if shape.has_correction_bias else "")
+        )
+    if ((plan.mix < 0) | (plan.mix > 1)).any():
+        raise PlanError("mix must lie in [0, 1]")
+    used = plan.mix > 0
+    if plan.target is None or (plan.target[used] < 0).any():
+        raise PlanError("target must hold probabilities >= 0 where mix > 0")
+    totals = plan.target[used].sum(axis=1)
+    if not np.allclose(totals, 1.0, atol=1e-3):
+        raise PlanError("target must sum to 1 over experts where mix > 0")
+
+
+def _check_selection(plan: RoutingPlan, shape: RouterShape) -> None:
+    if plan.select is None:
+        return
+    used = plan.select != Select.MODEL
+    if plan.k_max is None or plan.select_args is None:
+        raise PlanError("select needs k_max and select_args")
+    k_min = np.ones_like(plan.k_max) if plan.k_min is None else plan.k_min
+    low, high = k_min[used], plan.k_max[used]
+    if (low < 1).any() or (low > high).any() or (high > shape.k_max).any():
+        raise PlanError(
+            f"selected counts must satisfy 1 <= k_min <= k_max <= {shape.k_max} "
+            "(the engine's k_max)"
+        )
+    ranks = plan.select == Select.RANKS
+    last = plan.select_args[ranks, 0] + plan.k_max[ranks]
+    if (plan.select_args[ranks, 0] < 0).any() or (last > shape.num_experts).any():
+        raise PlanError(f"ranks must lie in 0..{shape.num_experts - 1}")
+    low, high, _ = plan.select_args[plan.select == Select.ENTROPY].T
+    if (low > high).any():
+        raise PlanError("entropy bounds must satisfy low <= high")
+    sample = plan.select == Select.SAMPLE
+    keep, pool, tau = plan.select_args[sample].T
+    k_max = plan.k_max[sample]
+    if (keep < 0).any() or (keep > k_max).any() or (k_max > pool).any():
+        raise PlanError("sampling must satisfy 0 <= keep <= k_max <= pool")
+    if (tau <= 0).any():
+        raise PlanError("sampling temperature tau must be > 0")
