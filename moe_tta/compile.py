@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a request to the routing plans of its three segments, and their salt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_tta.errors import RequestError
+from moe_tta.plan import PlanError, Renorm, RoutingPlan, merge
+from moe_tta.shape import RouterShape
+from moe_tta.spans import SEGMENTS, span_segments
+from moe_tta.spec import PARAMETER, RequestSpec
+from moe_tta.strategies import STRATEGIES, PlanContext
+
+SALT_PREFIX = "moe-tta:"
+WIRE_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CompiledRequest:
+    """What one request says about routing, checked against the model.
+
+    Attributes:
+        plans: One per `SEGMENTS`; `None` is the model's own rule.
+        cached: Whether each segment's plan can change the KV cache.
+    """
+
+    plans: tuple[RoutingPlan | None, RoutingPlan | None, RoutingPlan | None]
+    cached: tuple[bool, bool, bool]
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the request leaves every row to the model."""
+        return not any(self.plans)
+
+    def salt(self, prompt_len: int, client_salt: str | None) -> str | None:
+        """Return the prefix-cache salt that keeps other plans' KV away.
+
+        Two requests get the same salt only if equal tokens at equal positions have
+        equal KV in both. The prompt's length is part of it where segments differ,
+        since it says at which position one plan ends.
+
+        Args:
+            prompt_len: Prompt tokens.
+            client_salt: The client's own `cache_salt`.
+
+        Returns:
+            `None` where the KV is the stock model's: keep the client's own salt.
+        """
+        if not any(self.cached):
+            return None
+        marks = [
+            plan.fingerprint if cached else None
+            for plan, cached in zip(self.plans, self.cached, strict=True)
+        ]
+        one_plan = len(set(marks)) == 1
+        key = [marks, None if one_plan else prompt_len, client_salt or ""]
+        return SALT_PREFIX + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return plain types that msgpack can carry to the engine."""
+        given = [plan for plan in self.plans if plan is not None]
+        return {
+            "format": WIRE_FORMAT,
+            "plans": {plan.fingerprint: plan.to_bytes() for plan in given},
+            "segments": [plan and plan.fingerprint for plan in self.plans],
+            "cached": list(self.cached),
+        }
+
+    @staticmethod
+    def from_wire(
+        wire: Mapping[str, Any], known: Mapping[str, RoutingPlan] | None = None
+    ) -> CompiledRequest:
+        """Read what `to_wire` wrote.
+
+        Args:
+            wire: Its result.
+            known: Plans by fingerprint that need not be decoded again.
+
+        Raises:
+            ValueError: another format.
+        """
+        if wire["format"] != WIRE_FORMAT:
+            raise ValueError(f"wire format {wire['format']}, expected {WIRE_FORMAT}")
+        known = known or {}
+        plans = {
+            mark: known.get(mark) or RoutingPlan.from_bytes(data)
+            for mark, data in wire["plans"].items()
+        }
+        chosen = (mark and plans[mark] for mark in wire["segments"])
+        return CompiledRequest(tuple(chosen), tuple(wire["cached"]))
+
+
+def check_client_salt(client_salt: str | None) -> None:
+    """Refuse a client's salt that could name another request's steered KV.
+
+    Raises:
+        RequestError: it starts with `SALT_PREFIX`.
+    """
+    if client_salt is not None and client_salt.startswith(SALT_PREFIX):
+        raise RequestError(
+            f"must not start with {SALT_PREFIX!r}, which marks steered KV",
+            "cache_salt",
+            client_salt,
+        )
+
+
+def compile_request(spec: RequestSpec, context: PlanContext) -> CompiledRequest:
+    """Write, merge and check the plans of a request.
+
+    Raises:
+        RequestError: the model's routers cannot honour the request.
+    """
+    shape = context.shape
+    written = {name: _plan_of(name, spec, context) for name in spec.members}
+    everywhere = RoutingPlan(
+        renorm=np.full(len(shape.layers), Renorm[spec.renorm.upper()], np.int32)
+    ).normalised()
+    done: dict[tuple[str, ...], RoutingPlan | None] = {}
+    active_in = [
+        tuple(n for n, p in spec.members.items() if span_segments(p.span)[index])
+        for index in range(len(SEGMENTS))
+    ]
+    for active in active_in:
+        if active not in done:
+            parts = {name: written[name] for name in active}
+            plan = _merged(parts, everywhere, spec, shape)
+            done[active] = None if plan.neutral else plan
+    plans = tuple(done[active] for active in active_in)
+    return CompiledRequest(plans, tuple(_touches_cache(p, shape) for p in plans))
+
+
+def _plan_of(name: str, spec: RequestSpec, context: PlanContext) -> RoutingPlan:
+    try:
+        return STRATEGIES[name].plan(spec.members[name], context)
+    except RequestError as err:
+        raise err.under(f"{PARAMETER}.{name}") from err
+
+
+def _merged(
+    parts: Mapping[str, RoutingPlan],
+    everywhere: RoutingPlan,
+    spec: RequestSpec,
+    shape: RouterShape,
+) -> RoutingPlan:
+    try:
+        plan = merge([everywhere, *parts.values()]).normalised()
+        plan.validate(shape)
+    except PlanError as err:
+        raise RequestError(*_blame(err, parts, spec, shape)) from err
+    return plan
+
+
+def _blame(
+    err: PlanError,
+    parts: Mapping[str, RoutingPlan],
+    spec: RequestSpec,
+    shape: RouterShape,
+) -> tuple[str, str]:
+    """Return the message, and the narrowest parameter that is wrong by itself."""
+    for name, plan in parts.items():
+        given = spec.members[name].model_fields_set
+        for member, array in plan.arrays().items():
+            alone = RoutingPlan(**{member: array})
+            if member in given and _is_wrong(alone, shape):
+                return str(err), f"{PARAMETER}.{name}.{member}"
+        if _is_wrong(plan, shape):
+            return str(err), f"{PARAMETER}.{name}"
+    names = " and ".join(parts)
+    return f"{names} clash where their spans overlap: {err}", PARAMETER
+
+
+def _is_wrong(plan: RoutingPlan, shape: RouterShape) -> bool:
+    try:
+        plan.normalised().validate(shape)
+    except PlanError:
+        return True
+    return False
+
+
+def _touches_cache(plan: RoutingPlan | None, shape: RouterShape) -> bool:
+    """Whether KV can differ from the stock model's.
+
+    The last decoder layer's experts feed the logits and no key or value.
+    """
+    if plan is None:
+        return False
+    layers = np.array(shape.layers)[plan.edited_layers()]
+    return bool((layers != shape.num_hidden_layers - 1).any())

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operator passes by `--additional-config '{"moe_tta": {...}}'`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from moe_tta.errors import RequestError, did_you_mean, from_validation, show
+from moe_tta.spec import Name, RequestSpec, parse
+
+ROOT = "additional_config.moe_tta"
+
+
+def _preset(value: Any) -> RequestSpec:
+    if not isinstance(value, dict):
+        raise RequestError(f"expected a request object, got {show(value)}", "moe_tta")
+    return parse(value, presets={})
+
+
+class SettingsError(ValueError):
+    """Engine settings that make no sense; the message names the setting."""
+
+
+class EngineSettings(BaseModel):
+    """Engine settings; build them with `read`.
+
+    Attributes:
+        allow_inline: Whether HTTP clients may edit experts they name themselves.
+        artefacts: Folder of each steering artefact by name.
+        presets: Requests by name, trusted as the operator's own.
+        default: Preset of requests that carry no `moe_tta`.
+        k_max: Widest selection the engine is built for; default the model's top_k.
+        trace_dir: Folder for a routing trace of every finished request. A trace
+            tells nearly as much as the text: for studies, not for serving.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    allow_inline: bool = False
+    artefacts: dict[Name, str] = {}
+    presets: dict[
+        Name, Annotated[InstanceOf[RequestSpec], BeforeValidator(_preset)]
+    ] = {}
+    default: str | None = None
+    k_max: Annotated[int, Field(ge=1)] | None = None
+    trace_dir: str | None = None
+
+    @field_validator("presets", mode="after")
+    @classmethod
+    def _named(cls, presets: dict[str, RequestSpec]) -> dict[str, RequestSpec]:
+        return {name: replace(spec, preset=name) for name, spec in presets.items()}
+
+    @model_validator(mode="after")
+    def _default_exists(self) -> EngineSettings:
+        if self.default is not None and self.default not in self.presets:
+            raise PydanticCustomError(
+                "default",
+                "default is {name}, which is no preset; {hint}",
+                {
+                    "name": show(self.default),
+                    "hint": did_you_mean(self.default, self.presets),
+                },
+            )
+        return self
+
+    @classmethod
+    def read(cls, value: Any) -> EngineSettings:
+        """Check the operator's settings.
+
+        Raises:
+            SettingsError: names the setting, what was expected and given.
+        """
+        try:
+            return cls.model_validate(value)
+        except ValidationError as err:
+            raise SettingsError(str(from_validation(err, ROOT, _members))) from None
+
+
+def _members(loc: tuple[str | int, ...]) -> Collection[str]:
+    return EngineSettings.model_fields.keys()

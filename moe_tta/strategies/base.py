@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strategy contract: parameters in, a routing plan out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Strict
+from pydantic_core import PydanticCustomError
+
+from moe_tta.errors import RequestError, show
+from moe_tta.spans import Span
+
+if TYPE_CHECKING:
+    from moe_tta.artefact import Artefact
+    from moe_tta.plan import RoutingPlan
+    from moe_tta.shape import RouterShape
+
+
+def items(*names: str) -> BeforeValidator:
+    """Require a list with one item per name; the message shows the form."""
+    form = f"expected [{', '.join(names)}]"
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, list | tuple) or len(value) != len(names):
+            raise PydanticCustomError("items", form)
+        return value
+
+    return BeforeValidator(check)
+
+
+LayerRange = Annotated[tuple[int, int], Strict(False), items("first", "last")]
+
+
+class StrategyParams(BaseModel):
+    """What every strategy takes; JSON in, so scalars are strict and never coerced.
+
+    Attributes:
+        span: Which positions to act on.
+        layers: First and last decoder layer to act on, both included.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False
+    )
+
+    span: Span = "all"
+    layers: LayerRange | None = None
+
+    def inline_edits(self) -> tuple[str, ...]:
+        """Name the given members that edit experts without a registered artefact."""
+        return ()
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """What a strategy may look at: the model's routers and the loaded artefacts."""
+
+    shape: RouterShape
+    artefacts: Mapping[str, Artefact] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One strategy family.
+
+    Attributes:
+        name: Its member in the request object.
+        params: Its parameters, checked without a model.
+        plan: Writes the plan. Raises `RequestError` with a path relative to the
+            strategy's member. `span` is not its business: the compiler reads it.
+    """
+
+    name: str
+    params: type[StrategyParams]
+    plan: Callable[[Any, PlanContext], RoutingPlan]
+
+
+def as_ranges(numbers: tuple[int, ...]) -> str:
+    """Write ascending integers as `0-3, 7, 9-11`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def layers_in(shape: RouterShape, layers: tuple[int, int] | None) -> np.ndarray:
+    """Return bool [L]: which MoE layers a strategy's `layers` covers.
+
+    Raises:
+        RequestError: the range is empty, leaves the model or holds no MoE layer.
+    """
+    numbers = np.array(shape.layers)
+    if layers is None:
+        return np.ones(len(numbers), bool)
+    first, last = layers
+    end = shape.num_hidden_layers - 1
+    if not 0 <= first <= last <= end:
+        raise RequestError(
+            f"expected 0 <= first <= last <= {end}, got {show(layers)}",
+            "layers",
+            layers,
+        )
+    covered = (numbers >= first) & (numbers <= last)
+    if not covered.any():
+        raise RequestError(
+            f"expected a range with MoE layers ({as_ranges(shape.layers)}), "
+            f"got {show(layers)}",
+            "layers",
+            layers,
+        )
+    return covered
