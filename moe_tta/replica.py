@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face model that obeys routing plans: the end-to-end reference.
+
+Slow and plain on purpose: one sequence, no cache, every layer's gate output replaced
+by the oracle's. vLLM's results are checked against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from moe_tta.kernels.reference import RoutingRule, route
+from moe_tta.kernels.table import PlanTable
+from moe_tta.plan import RoutingPlan
+from moe_tta.shape import RouterShape
+
+
+def gates(model: torch.nn.Module, num_experts: int) -> list[torch.nn.Module]:
+    """Return the model's router modules in layer order.
+
+    Raises:
+        ValueError: the model has none of the form transformers 5 uses.
+    """
+    found = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(".gate")
+        and getattr(module, "weight", None) is not None
+        and module.weight.shape[0] == num_experts
+    ]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no router modules named 'gate'")
+    return found
+
+
+@contextmanager
+def routed(
+    model: torch.nn.Module,
+    shape: RouterShape,
+    segments: Sequence[RoutingPlan | None],
+    prompt_len: int,
+) -> Iterator[list[dict[str, Any]]]:
+    """Let forward passes of one sequence from position 0 obey plans.
+
+    Args:
+        model: A transformers MoE causal language model.
+        shape: The model's router shape.
+        segments: Plans of the prompt's body, its last token and generated tokens;
+            `None` is the model's own rule.
+        prompt_len: Number of prompt tokens.
+
+    Yields:
+        A list that each forward pass fills with one record a layer: `router_logits`
+        [T, E], `topk_weights` and `topk_ids` [T, k_max], `stock_ids` [T, top_k].
+    """
+    table = PlanTable(shape, len(segments), torch.device("cpu"))
+    for slot, plan in enumerate(segments, start=1):
+        table.write(slot, plan or RoutingPlan())
+    rule = RoutingRule.from_shape(shape)
+    records: list[dict[str, Any]] = []
+    modules = gates(model, shape.num_experts)
+    if len(modules) != len(shape.layers):
+        raise ValueError(f"{len(modules)} gates found, expected {len(shape.layers)}")
+
+    def hook(index: int):
+        def replace(module, inputs, output):
+            logits, stock_weights, stock_ids = output
+            positions = torch.arange(logits.shape[0])
+            slots = 1 + (positions >= prompt_len - 1).int() + (positions >= prompt_len)
+            weights, ids = route(
+                logits.float(),
+                slots.int(),
+                positions,
+                table.layer(index),
+                rule,
+                shape.k_max,
+                shape.layers[index],
+            )
+            records.append(
+                {
+                    "router_logits": logits,
+                    "topk_weights": weights,
+                    "topk_ids": ids,
+                    "stock_ids": stock_ids,
+                }
+            )
+            return logits, weights.to(stock_weights.dtype), ids.long()
+
+        return replace
+
+    handles = [m.register_forward_hook(hook(i)) for i, m in enumerate(modules)]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def logprobs(model: torch.nn.Module, token_ids: Sequence[int]) -> torch.Tensor:
+    """Return log-probabilities [T, V] float32 of the next token at each position."""
+    logits = model(torch.tensor([list(token_ids)])).logits[0]
+    return torch.log_softmax(logits.float(), dim=-1)
