@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Admission, in the API process: check a request, compile its plans, set its salt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_tta.artefact import Artefact, load_artefact
+from moe_tta.compile import CompiledRequest, check_client_salt, compile_request
+from moe_tta.errors import RequestError
+from moe_tta.settings import ROOT, SettingsError
+from moe_tta.spec import check_inline, parse
+from moe_tta.strategies import PlanContext
+from moe_tta.vllm_plugin import compat
+from moe_tta.vllm_plugin.model_shape import shape_from_config
+from moe_tta.vllm_plugin.options import read_settings
+
+KEY = "moe_tta"
+
+
+class Admission:
+    """Turns a request's `moe_tta` object into plans, or into an HTTP 400.
+
+    Built once per API process, from the operator's settings and the model's config;
+    bad settings and artefacts that do not fit the model stop the engine here.
+    `offline` lifts the ban on inline expert edits, which protects servers.
+    """
+
+    def __init__(self, vllm_config: Any):
+        self.settings = read_settings(vllm_config)
+        self.offline = False
+        config = vllm_config.model_config.hf_text_config
+        self.shape = shape_from_config(config, self.settings.k_max)
+        self.context = None
+        if self.shape is not None:
+            self.context = PlanContext(self.shape, self._load_artefacts())
+            self._check_presets()
+
+    def _load_artefacts(self) -> dict[str, Artefact]:
+        artefacts = {}
+        for name, path in self.settings.artefacts.items():
+            artefacts[name] = load_artefact(path)
+            artefacts[name].check(self.shape)
+        return artefacts
+
+    def _check_presets(self) -> None:
+        for name, preset in self.settings.presets.items():
+            try:
+                compile_request(preset, self.context)
+            except RequestError as err:
+                raise SettingsError(f"{ROOT}.presets.{name}: {err}") from err
+
+    def compile(self, params: Any, resumable: bool) -> CompiledRequest | None:
+        """Compile what a request asks for; `None` when it asks for nothing.
+
+        Args:
+            params: vLLM's sampling or pooling parameters, not changed.
+            resumable: Whether the request's prompt may grow later.
+
+        Raises:
+            VLLMValidationError: anything wrong with the request; servers answer 400.
+        """
+        extra_args = getattr(params, "extra_args", None) or {}
+        try:
+            self._check_keys(extra_args)
+            value = extra_args.get(KEY, self.settings.default)
+            if value is None:
+                return None
+            return self._compile(value, resumable, KEY in extra_args)
+        except RequestError as err:
+            raise compat.request_error(err) from None
+
+    def _check_keys(self, extra_args: dict[str, Any]) -> None:
+        for key in extra_args:
+            if key != KEY and str(key).replace("-", "_").startswith(KEY):
+                raise RequestError(
+                    f"unknown parameter; everything goes into one {KEY!r}",
+                    str(key),
+                    key,
+                )
+
+    def _compile(
+        self, value: Any, resumable: bool, own: bool
+    ) -> CompiledRequest | None:
+        if self.context is None:
+            if not own:
+                return None
+            raise RequestError("this model has no MoE layers to route", KEY, value)
+        if resumable:
+            raise RequestError(
+                "streaming input is not supported: spans need the prompt's length",
+                KEY,
+                value,
+            )
+        spec = parse(value, presets=self.settings.presets)
+        check_inline(spec, self.offline or self.settings.allow_inline)
+        return compile_request(spec, self.context)
+
+    def attach(self, request: Any, compiled: CompiledRequest | None) -> None:
+        """Put the compiled plans on an engine request, and its cache salt.
+
+        Raises:
+            VLLMValidationError: the client's own salt imitates ours.
+        """
+        own_salt = request.cache_salt
+        try:
+            check_client_salt(own_salt)
+        except RequestError as err:
+            raise compat.request_error(err) from None
+        params = request.sampling_params
+        if params is None or not (compiled or params.extra_args):
+            return
+        # the caller's dict may be shared between requests: replace, never edit
+        extra_args = {k: v for k, v in (params.extra_args or {}).items() if k != KEY}
+        if compiled is not None and not compiled.neutral:
+            extra_args[KEY] = compiled.to_wire()
+            salt = compiled.salt(_prompt_len(request), own_salt)
+            request.cache_salt = own_salt if salt is None else salt
+        params.extra_args = extra_args or None
+
+
+def _prompt_len(request: Any) -> int:
+    if request.prompt_token_ids is not None:
+        return len(request.prompt_token_ids)
+    return request.prompt_embeds.shape[0]

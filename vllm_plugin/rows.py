@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows: which slot each token row of the step obeys, by absolute position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_tta.kernels.table import Features
+from moe_tta.vllm_plugin import compat
+from moe_tta.vllm_plugin.slots import SlotTable
+
+
+@dataclass(frozen=True)
+class PlannedRequest:
+    """A request with a plan, as the worker knows it.
+
+    `segments` names the plan (by fingerprint) of the prompt's body, its last token
+    and the generated tokens; `None` is the model's own rule.
+    """
+
+    prompt_len: int
+    segments: tuple[str | None, str | None, str | None]
+    plans: Mapping[str, bytes]
+
+    @staticmethod
+    def from_new(new_request: Any) -> PlannedRequest | None:
+        """Read the wire form that admission attached; `None` without one."""
+        params = new_request.sampling_params
+        wire = (params.extra_args or {}).get("moe_tta") if params else None
+        if not wire:
+            return None
+        return PlannedRequest(
+            new_request.prompt_len, tuple(wire["segments"]), wire["plans"]
+        )
+
+    def runs(self, start: int, count: int) -> Iterator[tuple[int, int, str]]:
+        """Yield (first, end, fingerprint) for the planned rows of a chunk.
+
+        Args:
+            start: Absolute position of the chunk's first token.
+            count: Number of tokens in the chunk; offsets count from its start.
+        """
+        edges = (0, self.prompt_len - 1, self.prompt_len, start + count)
+        for index, fingerprint in enumerate(self.segments):
+            first = max(edges[index], start) - start
+            end = min(edges[index + 1], start + count) - start
+            if fingerprint is not None and first < end:
+                yield first, end, fingerprint
+
+
+class StepRows:
+    """The step's rows in buffers of fixed address.
+
+    `slots` [max_tokens] int32 and `positions` [max_tokens] int64 are what kernels
+    read. On CPU, `planned` lists the rows whose slot is not 0 (`None` when there are
+    none), so that the others cost nothing.
+    """
+
+    def __init__(self, max_tokens: int, device: torch.device, slots: SlotTable):
+        self.slot_table = slots
+        self._slots = np.zeros(max_tokens, np.int32)
+        self._positions = np.zeros(max_tokens, np.int64)
+        self.on_cpu = device.type == "cpu"
+        self.slots = torch.from_numpy(self._slots).to(device)
+        self.positions = torch.from_numpy(self._positions).to(device)
+        self.planned: torch.Tensor | None = None
+        self.features = Features(0)
+        self._used = 0
+
+    def stage(
+        self,
+        requests: Mapping[str, PlannedRequest],
+        req_ids: Sequence[str],
+        num_scheduled: np.ndarray,
+        num_computed: np.ndarray,
+    ) -> None:
+        """Write the step's rows; every row not planned here obeys slot 0.
+
+        Args:
+            requests: Requests with a plan, by id.
+            req_ids: The step's requests in batch order.
+            num_scheduled: [num_reqs] tokens of each request in this step.
+            num_computed: [num_reqs] absolute position of each one's first token.
+        """
+        if not requests:
+            self.clear()
+            return
+        runs, plans, offset = [], {}, 0
+        for req_id, count, start in zip(
+            req_ids, num_scheduled.tolist(), num_computed.tolist(), strict=True
+        ):
+            request = requests.get(req_id)
+            if request is not None:
+                for first, end, name in request.runs(start, count):
+                    runs.append((offset + first, offset + end, start + first, name))
+                    plans[name] = request.plans[name]
+            offset += count
+        self._write(runs, self.slot_table.assign(plans))
+
+    def clear(self) -> None:
+        """Give every row back to the model's own rule."""
+        self._write([], self.slot_table.assign({}))
+
+    def _write(
+        self, runs: list[tuple[int, int, int, str]], slots: dict[str, int]
+    ) -> None:
+        if not runs and not self._used:
+            return
+        self._slots[: self._used] = 0
+        for first, end, position, name in runs:
+            self._slots[first:end] = slots[name]
+            self._positions[first:end] = np.arange(position, position + end - first)
+        changed = max(self._used, runs[-1][1] if runs else 0)
+        self._used = runs[-1][1] if runs else 0
+        self.features = self.slot_table.features()
+        if self.on_cpu:
+            rows = np.flatnonzero(self._slots[: self._used])
+            self.planned = torch.from_numpy(rows) if len(rows) else None
+            return
+        compat.copy_to_device(self._slots[:changed], self.slots[:changed])
+        compat.copy_to_device(self._positions[:changed], self.positions[:changed])

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's side: arm the model's routers, follow requests, stage each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_tta.kernels.reference import RoutingRule
+from moe_tta.kernels.table import PlanTable
+from moe_tta.shape import RouterShape
+from moe_tta.vllm_plugin import compat
+from moe_tta.vllm_plugin.limits import refuse_unsupported
+from moe_tta.vllm_plugin.model_shape import (
+    UnsupportedModelError,
+    shape_from_config,
+    shape_from_routers,
+)
+from moe_tta.vllm_plugin.options import read_settings
+from moe_tta.vllm_plugin.router import LayerRouting, arm_router
+from moe_tta.vllm_plugin.rows import PlannedRequest, StepRows
+from moe_tta.vllm_plugin.slots import PLANS_PER_REQUEST, SlotTable
+from moe_tta.vllm_plugin.trace import TraceRecorder
+
+logger = compat.get_logger(__name__)
+
+
+class WorkerState:
+    """What one model runner holds for the plugin.
+
+    Requests with a plan are remembered from their first scheduling to their end;
+    everything else is derived in each step from the scheduler's own numbers.
+    """
+
+    def __init__(self, vllm_config: Any, device: torch.device):
+        self.vllm_config = vllm_config
+        self.device = device
+        self.requests: dict[str, PlannedRequest] = {}
+        self.shape: RouterShape | None = None
+        self.rows: StepRows | None = None
+        self.armed: list[LayerRouting] = []
+        self.trace: TraceRecorder | None = None
+
+    def arm(self, runners: Sequence[Any]) -> None:
+        """Hook every MoE layer, or refuse the model.
+
+        Raises:
+            UnsupportedModelError: config and routers disagree, or the set-up is one
+                in which plans could not be honoured.
+        """
+        settings = read_settings(self.vllm_config)
+        config = shape_from_config(
+            self.vllm_config.model_config.hf_text_config, settings.k_max
+        )
+        if config is None:
+            return
+        refuse_unsupported(self.vllm_config, runners)
+        shape = shape_from_routers(runners, config)
+        if shape != config:
+            raise UnsupportedModelError(
+                "the loaded routers differ from the model's config: "
+                + shape.difference(config)
+            )
+        self._arm_layers(runners, shape)
+        if settings.trace_dir is not None:
+            self._start_trace(Path(settings.trace_dir))
+
+    def _start_trace(self, folder: Path) -> None:
+        if self.device.type != "cpu":
+            raise UnsupportedModelError("moe_tta.trace_dir works on CPU engines only")
+        self.trace = TraceRecorder(folder, len(self.armed))
+        for routing in self.armed:
+            routing.observer = self.trace.observe
+
+    def _arm_layers(self, runners: Sequence[Any], shape: RouterShape) -> None:
+        scheduler = self.vllm_config.scheduler_config
+        num_slots = PLANS_PER_REQUEST * scheduler.max_num_seqs
+        table = PlanTable(shape, num_slots, self.device)
+        captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        max_tokens = max(scheduler.max_num_batched_tokens, captured)
+        self.rows = StepRows(max_tokens, self.device, SlotTable(table, num_slots))
+        rule = RoutingRule.from_shape(shape)
+        for index, runner in enumerate(runners):
+            routing = LayerRouting(
+                runner.layer_id, rule, table.layer(index), self.rows, shape.k_max
+            )
+            arm_router(runner, routing)
+            self.armed.append(routing)
+        self.shape = shape
+        logger.info(
+            "moe-tta armed %d/%d layers: %d experts, top-%d (k_max %d), %s%s, modular "
+            "experts, %d plan slots (%.1f MiB)",
+            len(self.armed),
+            len(shape.layers),
+            shape.num_experts,
+            shape.top_k,
+            shape.k_max,
+            shape.scoring,
+            ", renormalised" if shape.renormalize else "",
+            num_slots,
+            table.nbytes / 2**20,
+        )
+
+    def requests_changed(self, finished: Iterable[str], new: Iterable[Any]) -> None:
+        """Forget finished requests, remember new ones that carry a plan."""
+        if self.trace is not None:
+            self.trace.finish(finished)
+        for req_id in finished:
+            self.requests.pop(req_id, None)
+        for request in new:
+            planned = PlannedRequest.from_new(request)
+            if planned is not None:
+                self.requests[request.req_id] = planned
+        if not self.requests and self.rows is not None:
+            self.rows.clear()
+
+    def stage(
+        self, req_ids: Sequence[str], num_scheduled: np.ndarray, num_computed: Any
+    ) -> None:
+        """Write the coming step's rows. See `StepRows.stage`."""
+        if self.trace is not None:
+            self.trace.begin_step(req_ids, num_scheduled, num_computed)
+        if self.rows is not None:
+            self.rows.stage(self.requests, req_ids, num_scheduled, num_computed)
+
+    def status(self) -> dict[str, Any]:
+        """Return what is armed and held, as plain data."""
+        pinned = self.rows.slot_table.pinned if self.rows else {}
+        return {
+            "armed_layers": [routing.layer for routing in self.armed],
+            "requests_with_plan": len(self.requests),
+            "slots_in_use": len(pinned),
+        }
