@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM end to end equals the Hugging Face model with the oracle at its gates.
+
+The tolerance is derived, not chosen: transformers runs the same plan in the engine's
+dtype and in float64, and vLLM may be at most twice as far from float64 as the worst
+token of transformers is, plus one rounding of the logits.
+"""
+
+import random
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moe_tta.compile import compile_request
+from moe_tta.replica import logprobs, routed
+from moe_tta.spec import parse
+from moe_tta.strategies import PlanContext
+from tests.plugin.engine import engine, generate, sampling
+from tests.requests import random_request
+
+TOKENS = 12
+
+
+def far_from_model(shape):
+    """Requests that change the text for certain, then random ones."""
+    rng = random.Random(3)
+    first, last = shape.layers[0], shape.layers[-1]
+    fixed = [
+        None,
+        {"dynamic_k": {"k": 1}},
+        {"dynamic_k": {"k": shape.k_max}},
+        {"dynamic_k": {"p": 0.5}, "renorm": "always"},
+        {"steer": {"bias": [[first, 0, 3.0]], "span": "generated"}},
+        {"steer": {"promote": [[last, 1]], "demote": [[first, 2]], "span": "prompt"}},
+        {"steer": {"drop": [[first, e] for e in range(4)], "span": "last_prompt"}},
+        {"renorm": "never"},
+    ]
+    return fixed + [random_request(rng, shape) for _ in range(8)]
+
+
+def replica_errors(model_path, dtype, shape, runs):
+    """Return (errors of the dtype's own replica, errors of vLLM) against float64."""
+    context = PlanContext(shape)
+    # grouped matrix products know no float64
+    load = partial(
+        AutoModelForCausalLM.from_pretrained, model_path, experts_implementation="eager"
+    )
+    exact, rough = load(dtype=torch.float64), load(dtype=dtype)
+    own, theirs = [], []
+    for prompt, request, (tokens, values) in runs:
+        plans = compile_request(parse(request or {}, presets={}), context).plans
+        text, rows = (
+            prompt + tokens[:-1],
+            range(len(prompt) - 1, len(prompt + tokens) - 1),
+        )
+        found = {}
+        for name, model in (("exact", exact), ("rough", rough)):
+            with routed(model, shape, plans, len(prompt)):
+                table = logprobs(model, text)
+            found[name] = table[list(rows), tokens]
+        own += (found["rough"] - found["exact"]).abs().tolist()
+        theirs += (torch.tensor(values) - found["exact"]).abs().tolist()
+    return own, theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_tiny_models(tiny_models, name, dtype):
+    wide = {"moe_tta": {"k_max": 6 if name != "olmoe" else 12}}
+    check(tiny_models(name), dtype, wide, vocab=256)
+
+
+@pytest.mark.parametrize("name", ["smollm2-moe", "olmoe-fine"])
+def test_lab_models(lab, name):
+    wide = {"moe_tta": {"k_max": 4 if name == "smollm2-moe" else 12}}
+    check(lab(name), torch.bfloat16, wide, vocab=40000, keep=6)
+
+
+def check(path, dtype, additional_config, vocab, keep=None):
+    options = {"dtype": str(dtype).removeprefix("torch.")}
+    with engine(path, additional_config=additional_config, **options) as llm:
+        shape = llm.llm_engine.input_processor.moe_tta.shape
+        requests = far_from_model(shape)[:keep]
+        rng = random.Random(5)
+        prompts = [
+            [rng.randrange(2, vocab) for _ in range(rng.randrange(8, 40))]
+            for _ in requests
+        ]
+        params = [sampling(TOKENS, request) for request in requests]
+        results = generate(llm, prompts, params)
+    runs = list(zip(prompts, requests, results, strict=True))
+    own, theirs = replica_errors(path, dtype, shape, runs)
+    rounding = 16 * torch.finfo(dtype).eps  # one rounding of logits up to 16
+    print(f"max error: replica {max(own):.2e}, vLLM {max(theirs):.2e}")
+    assert max(theirs) <= 2 * max(own) + rounding

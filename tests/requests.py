@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random but valid requests, drawn from every member the issue of plans knows."""
+
+SPANS = ("all", "prompt", "generated", "last_prompt")
+
+
+def random_request(rng, shape):
+    """Return a random `moe_tta` object for the model, `None` one time in six."""
+    if rng.random() < 1 / 6:
+        return None
+    request = {}
+    if rng.random() < 0.8:
+        request["steer"] = _steer(rng, shape)
+    if rng.random() < 0.5:
+        request["dynamic_k"] = _dynamic_k(rng, shape)
+    if rng.random() < 0.3:
+        request["renorm"] = rng.choice(["always", "never", "model"])
+    return request
+
+
+def _pairs(rng, shape, count):
+    cells = [(layer, e) for layer in shape.layers for e in range(shape.num_experts)]
+    return [list(cell) for cell in rng.sample(cells, count)]
+
+
+def _steer(rng, shape):
+    steer = {"span": rng.choice(SPANS)}
+    layers = list(shape.layers)
+    for name in rng.sample(["edits", "allow", "bias", "scale", "drop"], 2):
+        if name == "edits":
+            layer = rng.choice(layers)
+            chosen = rng.sample(range(shape.num_experts), 2)
+            steer["promote"] = [[layer, chosen[0]]]
+            steer["demote"] = [[layer, chosen[1]]]
+        elif name == "allow":
+            keep = max(shape.k_max, shape.num_experts // 2)
+            # a promoted expert must stay allowed
+            promoted = [e for _, e in steer.get("promote", [])]
+            rest = [e for e in range(shape.num_experts) if e not in promoted]
+            experts = promoted + rng.sample(rest, keep)
+            steer["allow"] = {str(rng.choice(layers)): experts}
+        elif name == "bias":
+            steer["bias"] = [[*p, rng.uniform(-4, 4)] for p in _pairs(rng, shape, 4)]
+        elif name == "scale":
+            steer["scale"] = [[*p, rng.uniform(0, 3)] for p in _pairs(rng, shape, 4)]
+        else:
+            steer["drop"] = _pairs(rng, shape, 3)
+    if "allow" in steer and "promote" in steer:
+        promoted = steer["promote"][0]
+        steer["allow"] = {
+            layer: sorted({*experts, promoted[1]})
+            for layer, experts in steer["allow"].items()
+        }
+    return steer
+
+
+def _dynamic_k(rng, shape):
+    if rng.random() < 0.5:
+        return {"k": rng.randint(1, shape.k_max), "span": rng.choice(SPANS)}
+    k_min = rng.randint(1, shape.k_max)
+    return {"p": rng.random(), "k_min": k_min, "k_max": rng.randint(k_min, shape.k_max)}
+
+
+def random_prompt(rng, prefixes, vocab=256):
+    """Return token ids that often start with one of the shared prefixes."""
+    tail = [rng.randrange(2, vocab) for _ in range(rng.randrange(3, 60))]
+    return rng.choice(prefixes) + tail
