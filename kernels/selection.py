@@ -47,6 +47,7 @@ def count_experts(
     k_max = table.k_max.index_select(0, slots).long()
     scores = ranked.distribution.gather(1, ranked.order[:, :width])
 
+    # `.value` throughout: Dynamo folds tensor == IntEnum member to False
     count = k_max  # TOP_K, RANKS and SAMPLE always use as many
     mass = 1 + (scores.cumsum(dim=1) <= args[:, :1]).sum(dim=1)
     count = torch.where(select == Select.TOP_P.value, mass, count)

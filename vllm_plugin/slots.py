@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from moe_tta.kernels.table import Features, PlanTable
 from moe_tta.plan import RoutingPlan
 
-
 # one for each segment: after preemption, one chunk may hold rows of all three
 PLANS_PER_REQUEST = 3
 

@@ -65,12 +65,12 @@ def test_partial_spans_need_the_same_prompt_length(llm, span):
     spec = {"steer": {"demote": [[0, 1]], "span": span}}
     assert cached(llm, spec) == 0
     assert cached(llm, spec) == 128
-    assert cached(llm, spec, PROMPT + [9]) == 0
+    assert cached(llm, spec, [*PROMPT, 9]) == 0
 
 
 def test_whole_span_shares_prefixes(llm):
     assert cached(llm, A) == 0
-    assert cached(llm, A, PROMPT + [9]) == 128
+    assert cached(llm, A, [*PROMPT, 9]) == 128
 
 
 def test_client_salt_is_joined(llm):

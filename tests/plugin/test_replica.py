@@ -6,6 +6,7 @@ dtype and in float64, and vLLM may be at most twice as far from float64 as the w
 token of transformers is, plus one rounding of the logits.
 """
 
+import logging
 import random
 from functools import partial
 
@@ -21,6 +22,7 @@ from tests.plugin.engine import engine, generate, sampling
 from tests.requests import random_request
 
 TOKENS = 12
+log = logging.getLogger(__name__)
 
 
 def far_from_model(shape):
@@ -93,5 +95,5 @@ def check(path, dtype, additional_config, vocab, keep=None):
     runs = list(zip(prompts, requests, results, strict=True))
     own, theirs = replica_errors(path, dtype, shape, runs)
     rounding = 16 * torch.finfo(dtype).eps  # one rounding of logits up to 16
-    print(f"max error: replica {max(own):.2e}, vLLM {max(theirs):.2e}")
+    log.info("max error: replica %.2e, vLLM %.2e", max(own), max(theirs))
     assert max(theirs) <= 2 * max(own) + rounding
