@@ -50,6 +50,7 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
 def install() -> None:
     """Wrap the process-wide seams."""
     from vllm.config import VllmConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
@@ -57,6 +58,7 @@ def install() -> None:
     _wrap(InputProcessor, "__init__", _init_admission)
     _wrap(InputProcessor, "process_inputs", _admit)
     _wrap(LLMEngine, "__init__", _mark_offline)
+    _wrap(AsyncLLM, "__init__", _watch_http_bodies)
     _wrap(VllmConfig, "compute_hash", _hash_with_plugin)
     _wrap(WorkerWrapperBase, "init_device", _hook_worker)
     WorkerBase.moe_tta_status = _worker_status
@@ -91,6 +93,36 @@ def _mark_offline(original: Callable) -> Callable:
         self.input_processor.moe_tta.offline = True
 
     return init
+
+
+def _watch_http_bodies(original: Callable) -> Callable:
+    """vLLM ignores unknown members of a body: ours would be ignored without a word."""
+
+    def init(self, *args, **kwargs):
+        from vllm.entrypoints.openai.chat_completion.protocol import (
+            ChatCompletionRequest,
+        )
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+        original(self, *args, **kwargs)
+        for body in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+            _wrap(body, "to_sampling_params", _refuse_stray_member)
+
+    return init
+
+
+def _refuse_stray_member(original: Callable) -> Callable:
+    def to_sampling_params(self, *args, **kwargs):
+        from moe_tta.errors import RequestError
+
+        for name in self.model_extra or {}:
+            if name.replace("-", "_").startswith("moe_tta"):
+                error = RequestError("expected inside vllm_xargs, not beside it", name)
+                raise request_error(error)
+        return original(self, *args, **kwargs)
+
+    return to_sampling_params
 
 
 def _hash_with_plugin(original: Callable) -> Callable:
