@@ -96,7 +96,7 @@ def _mark_offline(original: Callable) -> Callable:
 
 
 def _watch_http_bodies(original: Callable) -> Callable:
-    """vLLM ignores unknown members of a body: ours would be ignored without a word."""
+    """Refuse what vLLM would ignore without a word: our member beside vllm_xargs."""
 
     def init(self, *args, **kwargs):
         from vllm.entrypoints.openai.chat_completion.protocol import (

@@ -17,17 +17,13 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from moe_tta.vllm_plugin.verify_checks import Subject
+from typing import Any, Literal
 
 CHECKS = ("armed", "fires", "neutral", "isolated", "prefix-cache", "clean")
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 LOG_LINES = 12
-MAX_MODEL_LEN = 384
 
 _ALWAYS = {
     # one process: a crash is this process's exit code, not a hang
@@ -70,6 +66,12 @@ class Job:
     stock: bool
     checks: tuple[str, ...]
 
+    @property
+    def title(self) -> str:
+        """How progress and rows of an engine that did not start name it."""
+        dtype = "exact" if self.exact else self.dtype
+        return f"{'stock' if self.stock else 'plugin'} ({dtype})"
+
 
 @dataclass
 class Report:
@@ -103,19 +105,19 @@ def verify(
         only: Names from `CHECKS`.
         progress: Takes a line per engine started.
     """
-    report, outputs = Report(model), {}
+    report, outputs = Report(model), []
     with tempfile.TemporaryDirectory(prefix="moe-tta-verify-") as folder:
         for number, job in enumerate(_jobs(model, dtype, only)):
-            progress(f"{_title(job)}: {', '.join(job.checks)} ...")
+            progress(f"{job.title}: {', '.join(job.checks)} ...")
             lines, crash = _run(job, Path(folder), number)
             report.refused = next((x["refused"] for x in lines if "refused" in x), None)
             if report.refused is not None:
                 return report
             report.rows += [Row(**line["row"]) for line in lines if "row" in line]
-            outputs |= {job.stock: x["outputs"] for x in lines if "outputs" in x}
+            outputs += [line for line in lines if "outputs" in line]
             report.rows += _not_shown(job, lines, crash)
     if len(outputs) == 2:
-        report.rows.append(_compare(outputs[False], outputs[True], dtype))
+        report.rows.append(_compare(*outputs))
     report.rows.sort(key=lambda row: CHECKS.index(row.check))
     return report
 
@@ -123,31 +125,27 @@ def verify(
 def _jobs(model: str, dtype: Dtype, only: Collection[str]) -> Iterator[Job]:
     """Yield as few engines as the checks need, the plugin's first."""
     exact = dtype == "float32"
-    main = [c for c in CHECKS if c in only and (exact or c != "isolated")]
-    if set(main) - {"clean"} or (main and "isolated" not in only):
+    main = [check for check in CHECKS if check in only]
+    if not exact and "isolated" in only:
+        main.remove("isolated")
+    if main:
         yield Job(model, dtype, exact, False, tuple(main))
-    if "isolated" in only and not exact:
-        last = [c for c in ("isolated", "clean") if c in only]
+    if not exact and "isolated" in only:
+        last = [check for check in ("isolated", "clean") if check in only]
         yield Job(model, dtype, True, False, tuple(last))
     if "neutral" in only:
         yield Job(model, dtype, exact, True, ("neutral",))
 
 
-def _title(job: Job) -> str:
-    dtype = "exact" if job.exact else job.dtype
-    return f"{'stock vLLM' if job.stock else 'plugin'} ({dtype})"
-
-
 def _run(job: Job, folder: Path, number: int) -> tuple[list[dict[str, Any]], str]:
     """Return the job's result lines, and how it ended if not well."""
     paths = [folder / f"{number}.{part}" for part in ("job", "results", "log")]
-    paths[0].write_text(json.dumps({**asdict(job), "traces": str(folder / "traces")}))
+    paths[0].write_text(json.dumps(asdict(job)))
     paths[1].touch()
     switch = {"MOE_TTA_DISABLE": "1" if job.stock else "0"}
-    command = [sys.executable, "-m", "moe_tta.vllm_plugin.verify", *paths[:2]]
     with paths[2].open("wb") as log:
         done = subprocess.run(
-            command,
+            [sys.executable, "-m", "moe_tta.vllm_plugin.verify", *paths[:2]],
             env={**_UNLESS_SET, **os.environ, **_ALWAYS, **switch},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -156,104 +154,80 @@ def _run(job: Job, folder: Path, number: int) -> tuple[list[dict[str, Any]], str
     lines = [json.loads(line) for line in paths[1].read_text().splitlines()]
     if done.returncode == 0:
         return lines, ""
-    log_lines = paths[2].read_text(errors="replace").splitlines()
-    tail = "\n".join(log_lines[-LOG_LINES:])
-    return lines, f"the engine ended with exit code {done.returncode}:\n{tail}"
+    tail = paths[2].read_text(errors="replace").splitlines()[-LOG_LINES:]
+    return lines, "\n".join([f"exit code {done.returncode}, its last lines:", *tail])
 
 
 def _not_shown(job: Job, lines: list[dict[str, Any]], crash: str) -> list[Row]:
-    """Return a red row for each check that the job did not come to."""
+    """Return a red row for each check that a crashed engine did not come to."""
     shown = {line["row"]["check"] for line in lines if "row" in line}
     shown |= {"neutral" for line in lines if "outputs" in line}
     missing = [check for check in job.checks if check not in shown]
-    return [Row(check, _title(job), False, crash) for check in missing]
+    words = [f"the engine ended with {crash}"] + ["not run"] * len(missing)
+    return [
+        Row(check, job.title, False, evidence)
+        for check, evidence in zip(missing, words, strict=False)
+    ]
 
 
-def _compare(ours: dict[str, list], stock: dict[str, list], dtype: Dtype) -> Row:
+def _compare(ours: dict[str, Any], stock: dict[str, Any]) -> Row:
     """Judge the neutral requests by what stock vLLM generated."""
-    want = stock["plain"]
+    forms, want = ours["outputs"], stock["outputs"]["plain"]
     differing = {
         form: sum(a != b for a, b in zip(got, want, strict=True))
-        for form, got in ours.items()
+        for form, got in forms.items()
     }
-    if bad := [f"{form} {n}" for form, n in differing.items() if n]:
-        words = f"requests of {len(want)} that differ from stock: {', '.join(bad)}"
-        return Row("neutral", f"plugin vs stock ({dtype})", False, words)
-    words = (
-        f"{', '.join(ours)}: {len(want)} prompts each, tokens and top-5 logprobs equal "
-        "stock vLLM's"
-    )
-    return Row("neutral", f"plugin vs stock ({dtype})", True, words)
+    if bad := [f"{form}: {n}" for form, n in differing.items() if n]:
+        evidence = f"of {len(want)} requests, differ from stock: {', '.join(bad)}"
+    else:
+        evidence = (
+            f"{', '.join(forms)}: {len(want)} requests each, tokens and top-5 logprobs "
+            "equal stock vLLM's"
+        )
+    seconds = round(ours["seconds"] + stock["seconds"], 1)
+    return Row("neutral", ours["engine"], not bad, evidence, seconds)
 
 
 def main(job_file: str, results_file: str) -> int:
     """Run one job in this process, and return its exit code."""
-    job = json.loads(Path(job_file).read_text())
+    from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
+
+    job = Job(**json.loads(Path(job_file).read_text()))
     with Path(results_file).open("a", buffering=1) as results:
 
         def tell(line: dict[str, Any]) -> None:
             results.write(json.dumps(line) + "\n")
 
-        from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
-
         try:
-            _work(job, tell)
+            traces = Path(job_file).with_suffix(".traces")
+            _work(job, traces if "fires" in job.checks else None, tell)
         except UnsupportedModelError as err:
             tell({"refused": str(err)})
     return 0
 
 
-def _work(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
-    from moe_tta.vllm_plugin.verify_checks import CHECKS as ASK
-    from moe_tta.vllm_plugin.verify_checks import CheckFailed, neutral
+def _work(
+    job: Job, traces: Path | None, tell: Callable[[dict[str, Any]], None]
+) -> None:
+    from moe_tta.vllm_plugin import verify_checks, verify_engine
 
-    subject = _start(job)
-    engine = str(subject.llm.llm_engine.model_config.dtype).removeprefix("torch.")
-    for check in job["checks"]:
+    subject = verify_engine.start_engine(
+        job.model, job.dtype, job.exact, job.stock, traces
+    )
+    engine = f"plugin ({subject.dtype})"
+    for check in job.checks:
         start = time.monotonic()
         if check == "neutral":
-            tell({"outputs": neutral(subject, job["stock"])})
+            outputs = verify_checks.neutral(subject, job.stock)
+            seconds = time.monotonic() - start
+            tell({"outputs": outputs, "engine": engine, "seconds": seconds})
             continue
         try:
-            ok, evidence = True, ASK[check](subject)
-        except CheckFailed as err:
+            ok, evidence = True, verify_checks.CHECKS[check](subject)
+        except verify_engine.CheckFailed as err:
             ok, evidence = False, str(err)
         seconds = round(time.monotonic() - start, 1)
-        tell({"row": asdict(Row(check, f"plugin ({engine})", ok, evidence, seconds))})
-
-
-def _start(job: dict[str, Any]) -> Subject:
-    from vllm.platforms import current_platform
-
-    on_cpu = current_platform.is_cpu()
-    dtype = "float32" if job["exact"] and on_cpu else job["dtype"]
-    if job["exact"] and not on_cpu:
-        os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    traced = on_cpu and "fires" in job["checks"]
-    from vllm import LLM
-
-    from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
-    from moe_tta.vllm_plugin.verify_checks import Subject
-
-    llm = LLM(
-        model=job["model"],
-        dtype=dtype,
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=16,
-        enforce_eager=True,
-        enable_prefix_caching=True,
-        skip_tokenizer_init=True,
-        seed=0,
-        additional_config={"moe_tta": {"trace_dir": job["traces"]}} if traced else {},
-    )
-    admission = getattr(llm.llm_engine.input_processor, "moe_tta", None)
-    if job["stock"]:
-        assert admission is None, "MOE_TTA_DISABLE=1 left the plugin on"
-    elif admission is None:
-        raise RuntimeError("vLLM did not load the plugin; see moe-tta doctor")
-    elif admission.shape is None:
-        raise UnsupportedModelError("this model has no MoE layers to route")
-    return Subject(llm, Path(job["traces"]) if traced else None)
+        tell({"row": asdict(Row(check, engine, ok, evidence, seconds))})
 
 
 if __name__ == "__main__":

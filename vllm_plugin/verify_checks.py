@@ -3,127 +3,27 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from moe_tta.shape import RouterShape
 from moe_tta.strategies.base import as_ranges
+from moe_tta.vllm_plugin.verify_engine import Generated, Request, Subject, expect
 
-TOKENS = 12
+PROMPT, TOKENS = 24, 12
+ROWS = PROMPT + TOKENS - 1  # the last token is sampled and never routed
 NEUTRAL_TOKENS = 16
 NEUTRAL_PROMPTS = 6
 PREFIX_TOKENS = 200  # more than a KV block on any device: 128 on CPU
-
-Request = dict[str, Any] | None
-
-
-class CheckFailed(Exception):
-    """A check is red; the message is its evidence."""
-
-
-class Generated(NamedTuple):
-    """One finished request; `logprobs` is [[token, logprob], ...] of each step."""
-
-    request_id: str
-    tokens: list[int]
-    logprobs: list[list[list[float]]]
-    cached: int
-
-
-@dataclass
-class Subject:
-    """The engine under test.
-
-    Attributes:
-        llm: vLLM's offline engine.
-        traces: Folder of its routing traces; `None` where it writes none.
-    """
-
-    llm: Any
-    traces: Path | None = None
-
-    @cached_property
-    def shape(self) -> RouterShape:
-        """The model's routers, as the plugin's admission reads them."""
-        return self.llm.llm_engine.input_processor.moe_tta.shape
-
-    def prompts(self, lengths: Sequence[int], seed: int) -> list[list[int]]:
-        """Return random token ids, the same in every process."""
-        vocab = self.llm.llm_engine.model_config.get_vocab_size()
-        rng = random.Random(seed)
-        return [[rng.randrange(2, vocab) for _ in range(n)] for n in lengths]
-
-    def generate(
-        self,
-        prompts: Sequence[list[int]],
-        requests: Sequence[Request],
-        tokens: Sequence[int],
-    ) -> list[Generated]:
-        """Generate greedily in one batch, without KV of earlier batches."""
-        self.llm.reset_prefix_cache()
-        return self.resume(prompts, requests, tokens)
-
-    def resume(
-        self,
-        prompts: Sequence[list[int]],
-        requests: Sequence[Request],
-        tokens: Sequence[int],
-    ) -> list[Generated]:
-        """Generate greedily in one batch; the prefix cache stays as it is."""
-        from vllm import SamplingParams
-
-        params = [
-            SamplingParams(
-                max_tokens=count,
-                temperature=0,
-                ignore_eos=True,
-                logprobs=5,
-                detokenize=False,
-                extra_args=None if request is None else {"moe_tta": request},
-            )
-            for request, count in zip(requests, tokens, strict=True)
-        ]
-        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return [_plain(o) for o in self.llm.generate(inputs, params, use_tqdm=False)]
-
-    def trace(self, generated: Generated) -> dict[str, np.ndarray]:
-        """Return the routing trace of a request that another one has followed."""
-        found = list(self.traces.glob(f"{generated.request_id}-*.safetensors"))
-        _expect(
-            len(found) == 1,
-            f"expected one routing trace of request {generated.request_id}, found "
-            f"{len(found)}: the routing hook was not called",
-        )
-        return load_file(found[0])
-
-
-def _plain(output: Any) -> Generated:
-    completion = output.outputs[0]
-    logprobs = [
-        sorted([token, entry.logprob] for token, entry in step.items())
-        for step in completion.logprobs
-    ]
-    tokens = list(completion.token_ids)
-    return Generated(output.request_id, tokens, logprobs, output.num_cached_tokens)
-
-
-def _expect(condition: bool, evidence: str) -> None:
-    if not condition:
-        raise CheckFailed(evidence)
 
 
 def armed(subject: Subject) -> str:
     """Every MoE layer of the model's config carries the hook."""
     shape = subject.shape
     layers = subject.llm.collective_rpc("moe_tta_status")[0]["armed_layers"]
-    _expect(
+    expect(
         tuple(layers) == shape.layers,
         f"armed layers {layers}, the config's MoE layers are {list(shape.layers)}",
     )
@@ -135,14 +35,14 @@ def armed(subject: Subject) -> str:
 
 def fires(subject: Subject) -> str:
     """Edits change the text's probabilities, and the experts are as asked."""
-    (prompt,) = subject.prompts([24], seed=1)
+    (prompt,) = subject.prompts([PROMPT], seed=1)
     asked = [None, demote_half(subject.shape)]
     if subject.shape.top_k > 1:
         asked.append({"dynamic_k": {"k": 1}})
     runs = [subject.generate([prompt], [request], [TOKENS])[0] for request in asked]
     for request, run in zip(asked[1:], runs[1:], strict=True):
         changed = run.logprobs != runs[0].logprobs
-        _expect(changed, f"{_name(request)}: logprobs are those of a plain request")
+        expect(changed, f"{_name(request)}: logprobs are those of a plain request")
     words = " and k=1" if len(runs) == 3 else ""
     evidence = [f"demote{words}: logprobs change"]
     if subject.traces is None:
@@ -156,21 +56,21 @@ def fires(subject: Subject) -> str:
 
 
 def _demoted_are_absent(subject: Subject, run: Generated) -> str:
-    trace = subject.trace(run)
+    trace = subject.trace(run, ROWS)
     demoted = _half(subject.shape)
     would = np.isin(trace["stock_ids"], demoted).any(-1)  # [rows, layers]
     does = np.isin(trace["topk_ids"], demoted).any(-1)
-    _expect(
+    expect(
         not does.any(),
         f"{does.sum()} of {does.size} rows x layers use a demoted expert",
     )
-    _expect(would.any(0).all(), "the model itself never chose the demoted experts")
+    expect(would.any(0).all(), "the model itself never chose the demoted experts")
     return f"demoted experts on 0 of {does.size} rows x layers (stock: {would.sum()})"
 
 
 def _one_expert_each(subject: Subject, run: Generated) -> str:
-    used = (subject.trace(run)["topk_weights"] != 0).sum(-1)
-    _expect((used == 1).all(), f"k=1: rows use {used.min()} to {used.max()} experts")
+    used = (subject.trace(run, ROWS)["topk_weights"] != 0).sum(-1)
+    expect((used == 1).all(), f"k=1: rows use {used.min()} to {used.max()} experts")
     return f"k=1: 1 expert on all {used.size}"
 
 
@@ -203,7 +103,7 @@ def isolated(subject: Subject) -> str:
         (alone,) = subject.generate(prompts[only], asked[only], tokens[only])
         if alone[1:3] != together[index][1:3]:
             differing.append(_name(asked[index]))
-    _expect(
+    expect(
         not differing,
         f"{len(differing)} of {count} requests differ from themselves alone: "
         + ", ".join(differing),
@@ -219,21 +119,22 @@ def prefix_cache(subject: Subject) -> str:
     subject.llm.reset_prefix_cache()
     cached = [subject.resume(prompt, [plan], [2])[0].cached for plan in (a, b, None, a)]
     evidence = f"plans A, B, none, A: {', '.join(map(str, cached))} cached tokens"
-    _expect(cached[:3] == [0, 0, 0] and cached[3] > 0, evidence)
+    expect(cached[:3] == [0, 0, 0] and cached[3] > 0, evidence)
     return evidence
 
 
 def clean(subject: Subject) -> str:
     """Finished requests leave nothing behind."""
     (prompt,) = subject.prompts([8], seed=5)
-    # the worker learns of the last finished request with its next step
-    subject.generate([prompt], [None], [1])
+    # the worker learns of a finished request with its next step
+    for request in (demote_half(subject.shape), None):
+        subject.generate([prompt], [request], [1])
     held = subject.llm.collective_rpc("moe_tta_status")[0]
     evidence = (
         f"{held['requests_with_plan']} requests with a plan, "
         f"{held['slots_in_use']} slots in use"
     )
-    _expect(not held["requests_with_plan"] and not held["slots_in_use"], evidence)
+    expect(not held["requests_with_plan"] and not held["slots_in_use"], evidence)
     return evidence
 
 

@@ -69,7 +69,7 @@ def test_other_vllm_versions_fail_closed():
 
 def test_unknown_family_is_refused():
     config = AutoConfig.for_model("granitemoe", num_local_experts=8)
-    with pytest.raises(UnsupportedModelError, match="granitemoe.*supported: mixtral"):
+    with pytest.raises(UnsupportedModelError, match=r"granitemoe.*supported: mixtral"):
         shape_from_config(config)
 
 
@@ -146,4 +146,6 @@ def test_register_twice_hooks_once(tiny_models):
     register()
     with engine(tiny_models("mixtral")) as llm:
         assert status(llm)["armed_layers"] == [0, 1, 2, 3]
-        assert generate(llm, [list(range(3, 40))], [sampling(2, {"dynamic_k": {"k": 1}})])
+        assert generate(
+            llm, [list(range(3, 40))], [sampling(2, {"dynamic_k": {"k": 1}})]
+        )

@@ -80,8 +80,8 @@ def test_lab_models(lab, name):
     check(lab(name), torch.bfloat16, wide, vocab=40000, keep=6)
 
 
-def check(path, dtype, additional_config, vocab, keep=None):
-    options = {"dtype": str(dtype).removeprefix("torch.")}
+def check(path, dtype, additional_config, vocab, keep=None, options=None):
+    options = {**(options or {}), "dtype": str(dtype).removeprefix("torch.")}
     with engine(path, additional_config=additional_config, **options) as llm:
         shape = llm.llm_engine.input_processor.moe_tta.shape
         requests = far_from_model(shape)[:keep]
