@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a GPU: Model Runner V2, full CUDA graphs, asynchronous scheduling.
+
+Needs vLLM 0.32.x and one CUDA device. Run `python -m pytest tests/gpu` as it is and
+with VLLM_BATCH_INVARIANT=1, about ten minutes each.
+"""
+
+import os
+import random
+
+import pytest
+import torch
+
+from tests.plugin.engine import engine, generate, sampling, status
+from tests.plugin.stock import run_stock
+from tests.requests import random_prompt, random_request
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device"
+)
+GRAPHS = {
+    "enforce_eager": False,
+    "gpu_memory_utilization": 0.2,
+    "dtype": "bfloat16",
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]},
+}
+PROMPT = list(range(2, 132))
+
+
+def prompts(count, seed=7):
+    rng = random.Random(seed)
+    return [
+        [rng.randrange(2, 256) for _ in range(rng.randrange(4, 80))]
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe"])
+def test_neutral_is_stock(tiny_models, tmp_path, name):
+    model, asked = tiny_models(name), prompts(12)
+    want = run_stock(model, asked, {"tokens": 24}, tmp_path, engine=GRAPHS)
+    with engine(model, **GRAPHS) as llm:
+        assert status(llm)["armed_layers"] == [0, 1, 2, 3]
+        config = llm.llm_engine.vllm_config
+        assert config.use_v2_model_runner
+        plain = generate(llm, asked, [sampling(24)] * 12)
+        empty = generate(llm, asked, [sampling(24, {})] * 12)
+    assert plain == want
+    assert empty == want
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe"])
+def test_replica(tiny_models, name):
+    from tests.plugin.test_replica import check
+
+    wide = {"moe_tta": {"k_max": 6 if name != "olmoe" else 12}}
+    check(tiny_models(name), torch.bfloat16, wide, vocab=256, options=GRAPHS)
+
+
+def test_prefix_cache(tiny_models):
+    plans = [{"steer": {"demote": [[0, 1]]}}, {"dynamic_k": {"k": 1}}, None]
+    with engine(tiny_models("mixtral"), **GRAPHS, enable_prefix_caching=True) as llm:
+        found = []
+        for plan in plans * 2:
+            (output,) = llm.generate(
+                [{"prompt_token_ids": PROMPT}], sampling(2, plan), use_tqdm=False
+            )
+            found.append(output.num_cached_tokens)
+    assert found == [0, 0, 0, 128, 128, 128]
+
+
+@pytest.mark.skipif(
+    os.environ.get("VLLM_BATCH_INVARIANT") != "1",
+    reason="rows are comparable across batches in vLLM's batch-invariant mode only",
+)
+@pytest.mark.parametrize("planned", [False, True], ids=["control", "plans"])
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_crowd_equals_solo(tiny_models, name, planned):
+    """The control, without plans, tells what vLLM itself keeps equal."""
+    from tests.plugin.test_isolation import draw_jobs, drive, equals_solo
+
+    rng = random.Random(11)
+    k_max = {
+        "additional_config": {"moe_tta": {"k_max": 6 if name == "mixtral" else 12}}
+    }
+    crowded = {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 256,
+        "num_gpu_blocks_override": 40,
+    }
+    with engine(tiny_models(name), **GRAPHS, **k_max, **crowded) as crowd:
+        shape = crowd.llm_engine.input_processor.moe_tta.shape
+        jobs = draw_jobs(rng, shape)
+        if not planned:
+            jobs = [
+                job._replace(request=None, params=sampling(24, None)) for job in jobs
+            ]
+        results, aborted = drive(crowd, jobs, rng)
+        preempted = next(
+            m.value for m in crowd.get_metrics() if m.name == "vllm:num_preemptions"
+        )
+    assert len(results) + len(aborted) == len(jobs)
+    assert preempted > 0
+    alone_options = {**GRAPHS, **k_max, "enable_prefix_caching": False}
+    with engine(tiny_models(name), **alone_options) as alone:
+        differing = [
+            (index, jobs[index].request)
+            for index, result in results.items()
+            if not equals_solo(alone, jobs[index], result)
+        ]
+    assert differing == []
+
+
+def test_requests_leave_nothing(tiny_models):
+    rng = random.Random(5)
+    with engine(tiny_models("mixtral"), **GRAPHS) as llm:
+        shape = llm.llm_engine.input_processor.moe_tta.shape
+        asked = [random_prompt(rng, [[]]) for _ in range(40)]
+        params = [sampling(8, random_request(rng, shape)) for _ in asked]
+        assert len(generate(llm, asked, params)) == 40
+        generate(llm, [PROMPT], [sampling(2)])
+        found = status(llm)
+    assert (found["requests_with_plan"], found["slots_in_use"]) == (0, 0)
