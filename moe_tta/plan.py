@@ -114,7 +114,10 @@ class RoutingPlan:
         return digest.hexdigest()
 
     def edited_layers(self) -> np.ndarray:
-        """Return a bool [L] mask of the layers in which some row may change."""
+        """Return a bool mask of the layers in which some row may change.
+
+        Shape [L]; [0] for a neutral plan, which does not know its L.
+        """
         masks = [
             (value != FIELDS[name][2]).reshape(len(value), -1).any(axis=1)
             for name, value in self.arrays().items()

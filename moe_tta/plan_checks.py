@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_tta.plan import FIELDS, NUM_SELECT_ARGS, PlanError, Select
+from moe_tta.plan import FIELDS, NUM_SELECT_ARGS, PlanError, Renorm, Select
 
 if TYPE_CHECKING:
     from moe_tta.plan import RoutingPlan
@@ -35,6 +35,10 @@ def _check_arrays(plan: RoutingPlan, shape: RouterShape) -> None:
             raise PlanError(f"{name} is {value.dtype}, expected {np.dtype(dtype)}")
         if value.dtype == np.float32 and not np.isfinite(value).all():
             raise PlanError(f"{name} holds values that are not finite")
+    for name, codes in (("select", Select), ("renorm", Renorm)):
+        value = getattr(plan, name)
+        if value is not None and not np.isin(value, list(codes)).all():
+            raise PlanError(f"{name} holds a code that is none of {list(codes)}")
 
 
 def _check_masks(plan: RoutingPlan, shape: RouterShape) -> None:
@@ -100,6 +104,8 @@ def _needed_experts(plan: RoutingPlan, shape: RouterShape) -> np.ndarray:
 
 def _check_target(plan: RoutingPlan, shape: RouterShape) -> None:
     if plan.mix is None:
+        if plan.target is not None:
+            raise PlanError("target needs mix")
         return
     if not shape.is_distribution:
         raise PlanError(
@@ -119,6 +125,8 @@ def _check_target(plan: RoutingPlan, shape: RouterShape) -> None:
 
 def _check_selection(plan: RoutingPlan, shape: RouterShape) -> None:
     if plan.select is None:
+        if plan.k_min is not None or plan.k_max is not None:
+            raise PlanError("k_min and k_max need select")
         return
     used = plan.select != Select.MODEL
     if plan.k_max is None or plan.select_args is None:
@@ -134,6 +142,8 @@ def _check_selection(plan: RoutingPlan, shape: RouterShape) -> None:
     last = plan.select_args[ranks, 0] + plan.k_max[ranks]
     if (plan.select_args[ranks, 0] < 0).any() or (last > shape.num_experts).any():
         raise PlanError(f"ranks must lie in 0..{shape.num_experts - 1}")
+    if (plan.select_args[ranks, 0] % 1 != 0).any():
+        raise PlanError("the first rank must be a whole number")
     low, high, _ = plan.select_args[plan.select == Select.ENTROPY].T
     if (low > high).any():
         raise PlanError("entropy bounds must satisfy low <= high")

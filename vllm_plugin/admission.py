@@ -34,7 +34,7 @@ class Admission:
         self.context = None
         if self.shape is not None:
             self.context = PlanContext(self.shape, self._load_artefacts())
-            self._check_presets()
+            self._check_registered()
 
     def _load_artefacts(self) -> dict[str, Artefact]:
         artefacts = {}
@@ -43,12 +43,16 @@ class Admission:
             artefacts[name].check(self.shape)
         return artefacts
 
-    def _check_presets(self) -> None:
-        for name, preset in self.settings.presets.items():
+    def _check_registered(self) -> None:
+        """Compile what the operator registered: it must not fail at a request."""
+        specs = {f"presets.{n}": spec for n, spec in self.settings.presets.items()}
+        for name in self.settings.artefacts:
+            specs[f"artefacts.{name}"] = parse({"steer": {"mask": name}}, presets={})
+        for where, spec in specs.items():
             try:
-                compile_request(preset, self.context)
+                compile_request(spec, self.context)
             except RequestError as err:
-                raise SettingsError(f"{ROOT}.presets.{name}: {err}") from err
+                raise SettingsError(f"{ROOT}.{where}: {err}") from err
 
     def compile(self, params: Any, resumable: bool) -> CompiledRequest | None:
         """Compile what a request asks for; `None` when it asks for nothing.
@@ -117,6 +121,19 @@ class Admission:
             salt = compiled.salt(_prompt_len(request), own_salt)
             request.cache_salt = own_salt if salt is None else salt
         params.extra_args = extra_args or None
+
+
+def check_admitted(request: Any) -> None:
+    """Refuse an engine request whose `moe_tta` was never compiled.
+
+    Raises:
+        VLLMValidationError: it was built by hand; a worker could not read it.
+    """
+    params = request.sampling_params
+    wire = (params.extra_args or {}).get(KEY) if params is not None else None
+    if wire is not None and not (isinstance(wire, dict) and "segments" in wire):
+        message = "expected a prompt, not an EngineCoreRequest built by hand"
+        raise compat.request_error(RequestError(message, KEY))
 
 
 def _prompt_len(request: Any) -> int:

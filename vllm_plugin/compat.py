@@ -42,9 +42,11 @@ def _wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
     original = getattr(owner, name)
     if getattr(original, MARK, False):
         return
-    wrapper = functools.wraps(original)(make(original))
+    made = make(original)
+    wrapper = made.__func__ if isinstance(made, staticmethod) else made
+    functools.update_wrapper(wrapper, original)
     setattr(wrapper, MARK, True)
-    setattr(owner, name, wrapper)
+    setattr(owner, name, made)
 
 
 def install() -> None:
@@ -57,6 +59,7 @@ def install() -> None:
 
     _wrap(InputProcessor, "__init__", _init_admission)
     _wrap(InputProcessor, "process_inputs", _admit)
+    _wrap(InputProcessor, "assign_request_id", _refuse_unadmitted)
     _wrap(LLMEngine, "__init__", _mark_offline)
     _wrap(AsyncLLM, "__init__", _watch_http_bodies)
     _wrap(VllmConfig, "compute_hash", _hash_with_plugin)
@@ -83,6 +86,18 @@ def _admit(original: Callable) -> Callable:
         return request
 
     return process_inputs
+
+
+def _refuse_unadmitted(original: Callable) -> Callable:
+    """Refuse engine requests that were built by hand and never passed admission."""
+
+    def assign_request_id(request):
+        from moe_tta.vllm_plugin.admission import check_admitted
+
+        check_admitted(request)
+        return original(request)
+
+    return staticmethod(assign_request_id)
 
 
 def _mark_offline(original: Callable) -> Callable:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from transformers import AutoConfig
+from vllm.exceptions import VLLMValidationError
 
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.limits import refuse_unsupported
@@ -137,6 +138,22 @@ def test_simulated_routing_is_refused(tiny_models):
     )
     assert code != 0
     assert "RoutingSimulatorRouter" in text
+
+
+def test_requests_built_by_hand_are_refused(tiny_models):
+    """A worker must never meet parameters that admission has not compiled."""
+    with engine(tiny_models("mixtral")) as llm:
+        core = llm.llm_engine
+        made = core.input_processor.process_inputs(
+            "a",
+            {"prompt_token_ids": [3, 4, 5]},
+            sampling(2, {"dynamic_k": {"k": 1}}),
+            core.get_supported_tasks(),
+        )
+        assert made.cache_salt.startswith("moe-tta:")
+        made.sampling_params.extra_args = {"moe_tta": {"dynamic_k": {"k": 1}}}
+        with pytest.raises(VLLMValidationError, match="built by hand"):
+            core.add_request("a", made, made.sampling_params)
 
 
 def test_register_twice_hooks_once(tiny_models):

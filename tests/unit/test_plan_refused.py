@@ -44,6 +44,31 @@ from tests.unit.test_plan import (
         ),
         (
             SHAPE,
+            counting(99),
+            "select holds a code that is none of",
+        ),
+        (
+            SHAPE,
+            RoutingPlan(renorm=np.full(L, 3, np.int32)),
+            "renorm holds a code that is none of",
+        ),
+        (
+            SHAPE,
+            RoutingPlan(target=per_layer("target", 0.1)),
+            "target needs mix",
+        ),
+        (
+            SHAPE,
+            RoutingPlan(k_max=np.ones(L, np.int32)),
+            "k_min and k_max need select",
+        ),
+        (
+            SHAPE,
+            counting(Select.RANKS, 2, args=(1.5, 0, 0)),
+            "the first rank must be a whole number",
+        ),
+        (
+            SHAPE,
             RoutingPlan(scale=per_layer("scale", np.nan)),
             "scale holds values that are not finite",
         ),
