@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from moe_tta.artefact import Artefact, load_artefact
@@ -73,6 +74,20 @@ class Admission:
             return self._compile(value, resumable, KEY in extra_args)
         except RequestError as err:
             raise compat.request_error(err) from None
+
+    def check_members(self, ignored: Iterable[str]) -> None:
+        """Refuse our member beside `vllm_xargs`, where vLLM ignores it.
+
+        Args:
+            ignored: Names in a body that vLLM does not know.
+
+        Raises:
+            VLLMValidationError: one of them is meant for us.
+        """
+        for name in ignored:
+            if name.replace("-", "_").startswith(KEY):
+                message = "expected inside vllm_xargs, not beside it"
+                raise compat.request_error(RequestError(message, name))
 
     def _check_keys(self, extra_args: dict[str, Any]) -> None:
         for key in extra_args:

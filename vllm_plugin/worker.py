@@ -91,6 +91,11 @@ class WorkerState:
             arm_router(runner, routing)
             self.armed.append(routing)
         self.shape = shape
+        if self.device.type != "cpu":
+            logger.warning(
+                "moe-tta routes by the plain torch law on this device, in every layer "
+                "of every step: steps are slower than stock vLLM's (docs/limits.md)"
+            )
         logger.info(
             "moe-tta armed %d/%d layers: %d experts, top-%d (k_max %d), %s%s, modular "
             "experts, %d plan slots (%.1f MiB)",

@@ -100,6 +100,17 @@ def test_bad_requests_are_400(client, value, path, hint):
     assert complete(client)
 
 
+def test_bad_streams_are_400_too(client):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(
+            model="lab",
+            prompt=PROMPT,
+            stream=True,
+            extra_body={"vllm_xargs": {"moe_tta": "frugle"}},
+        )
+    assert error.value.param == "moe_tta"
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seams in the API process. Each function takes vLLM's own and returns ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from moe_tta.vllm_plugin.compat import wrap
+
+
+def init_admission(original: Callable) -> Callable:
+    """Read settings and model once, where a mistake stops the engine."""
+
+    def init(self, vllm_config, *args, **kwargs):
+        from moe_tta.vllm_plugin.admission import Admission
+
+        original(self, vllm_config, *args, **kwargs)
+        self.moe_tta = Admission(vllm_config)
+
+    return init
+
+
+def admit(original: Callable) -> Callable:
+    """Compile each request on its way in; bad ones never reach the engine."""
+
+    def process_inputs(self, request_id, prompt, params, *args, **kwargs):
+        resumable = bool(kwargs.get("resumable"))
+        plan = self.moe_tta.compile(params, resumable)
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        self.moe_tta.attach(request, plan)
+        return request
+
+    return process_inputs
+
+
+def refuse_unadmitted(original: Callable) -> Callable:
+    """Refuse engine requests that were built by hand and never passed admission."""
+
+    def assign_request_id(request):
+        from moe_tta.vllm_plugin.admission import check_admitted
+
+        check_admitted(request)
+        return original(request)
+
+    return staticmethod(assign_request_id)
+
+
+def mark_offline(original: Callable) -> Callable:
+    """`LLMEngine` is the offline engine; servers run `AsyncLLM`."""
+
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.input_processor.moe_tta.offline = True
+
+    return init
+
+
+def watch_http_bodies(original: Callable) -> Callable:
+    """Check bodies before a stream begins: later, its status is 200 already."""
+
+    def init(self, *args, **kwargs):
+        from vllm.entrypoints.openai.chat_completion.protocol import (
+            ChatCompletionRequest,
+        )
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+        original(self, *args, **kwargs)
+        for body in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
+            body.moe_tta = self.input_processor.moe_tta
+            wrap(body, "to_sampling_params", _check_body)
+
+    return init
+
+
+def _check_body(original: Callable) -> Callable:
+    def to_sampling_params(self, *args, **kwargs):
+        admission = type(self).moe_tta
+        admission.check_members(self.model_extra or {})
+        params = original(self, *args, **kwargs)
+        admission.compile(params, resumable=False)
+        return params
+
+    return to_sampling_params

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seams in the worker: the model runner it owns, V1 or V2, wrapped per instance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from moe_tta.vllm_plugin.compat import wrap
+
+if TYPE_CHECKING:
+    from moe_tta.vllm_plugin.worker import WorkerState
+
+
+def hook_worker(original: Callable) -> Callable:
+    """Follow the worker's model runner as soon as it exists."""
+
+    def init_device(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        hook_runner(self.worker.model_runner)
+        return result
+
+    return init_device
+
+
+def hook_runner(runner: Any) -> None:
+    """Follow one model runner: arm after loading, stage rows before each step."""
+    from moe_tta.vllm_plugin.worker import WorkerState
+
+    state: WorkerState = WorkerState(runner.vllm_config, runner.device)
+    runner.moe_tta = state
+
+    def load_model(original):
+        def wrapped(*args, **kwargs):
+            result = original(*args, **kwargs)
+            state.arm(moe_runners(runner.vllm_config))
+            return result
+
+        return wrapped
+
+    wrap(runner, "load_model", load_model)
+    if hasattr(runner, "_update_states"):
+        _follow_v1(runner, state)
+    else:
+        _follow_v2(runner, state)
+
+
+def moe_runners(vllm_config: Any) -> list[Any]:
+    """Return the MoE layers of the loaded model, by decoder layer."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import (
+        MoERunnerInterface,
+    )
+
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    runners = [layer for layer in layers if isinstance(layer, MoERunnerInterface)]
+    return sorted(runners, key=lambda runner: runner.layer_id)
+
+
+def _follow_v1(runner: Any, state: WorkerState) -> None:
+    """V1 runner: the batch order is final after `_update_states`."""
+
+    def update_states(original):
+        def wrapped(scheduler_output):
+            state.requests_changed(
+                scheduler_output.finished_req_ids, scheduler_output.scheduled_new_reqs
+            )
+            return original(scheduler_output)
+
+        return wrapped
+
+    def prepare_inputs(original):
+        def wrapped(scheduler_output, num_scheduled_tokens):
+            batch = runner.input_batch
+            state.stage(
+                batch.req_ids,
+                num_scheduled_tokens,
+                batch.num_computed_tokens_cpu[: batch.num_reqs],
+            )
+            return original(scheduler_output, num_scheduled_tokens)
+
+        return wrapped
+
+    wrap(runner, "_update_states", update_states)
+    wrap(runner, "_prepare_inputs", prepare_inputs)
+
+
+def _follow_v2(runner: Any, state: WorkerState) -> None:
+    """V2 runner: resumed requests come back as new ones, with their full text."""
+
+    def add_requests(original):
+        def wrapped(scheduler_output):
+            state.requests_changed(
+                scheduler_output.finished_req_ids, scheduler_output.scheduled_new_reqs
+            )
+            return original(scheduler_output)
+
+        return wrapped
+
+    def prepare_inputs(original):
+        def wrapped(*args, **kwargs):
+            batch = original(*args, **kwargs)
+            state.stage(
+                batch.req_ids, batch.num_scheduled_tokens, batch.num_computed_tokens_np
+            )
+            return batch
+
+        return wrapped
+
+    wrap(runner, "add_requests", add_requests)
+    wrap(runner, "prepare_inputs", prepare_inputs)
+
+
+def worker_status(worker: Any) -> dict[str, Any]:
+    """`collective_rpc("moe_tta_status")`: what this worker armed and holds."""
+    return worker.model_runner.moe_tta.status()
