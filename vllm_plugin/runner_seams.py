@@ -56,10 +56,10 @@ def moe_runners(vllm_config: Any) -> list[Any]:
     return sorted(runners, key=lambda runner: runner.layer_id)
 
 
-def _follow_v1(runner: Any, state: WorkerState) -> None:
-    """V1 runner: the batch order is final after `_update_states`."""
+def _follow_requests(state: WorkerState) -> Callable[[Callable], Callable]:
+    """Tell the state who came and who went, before the runner's own bookkeeping."""
 
-    def update_states(original):
+    def make(original):
         def wrapped(scheduler_output):
             state.requests_changed(
                 scheduler_output.finished_req_ids, scheduler_output.scheduled_new_reqs
@@ -67,6 +67,12 @@ def _follow_v1(runner: Any, state: WorkerState) -> None:
             return original(scheduler_output)
 
         return wrapped
+
+    return make
+
+
+def _follow_v1(runner: Any, state: WorkerState) -> None:
+    """V1 runner: the batch order is final after `_update_states`."""
 
     def prepare_inputs(original):
         def wrapped(scheduler_output, num_scheduled_tokens):
@@ -80,21 +86,12 @@ def _follow_v1(runner: Any, state: WorkerState) -> None:
 
         return wrapped
 
-    wrap(runner, "_update_states", update_states)
+    wrap(runner, "_update_states", _follow_requests(state))
     wrap(runner, "_prepare_inputs", prepare_inputs)
 
 
 def _follow_v2(runner: Any, state: WorkerState) -> None:
     """V2 runner: resumed requests come back as new ones, with their full text."""
-
-    def add_requests(original):
-        def wrapped(scheduler_output):
-            state.requests_changed(
-                scheduler_output.finished_req_ids, scheduler_output.scheduled_new_reqs
-            )
-            return original(scheduler_output)
-
-        return wrapped
 
     def prepare_inputs(original):
         def wrapped(*args, **kwargs):
@@ -106,7 +103,7 @@ def _follow_v2(runner: Any, state: WorkerState) -> None:
 
         return wrapped
 
-    wrap(runner, "add_requests", add_requests)
+    wrap(runner, "add_requests", _follow_requests(state))
     wrap(runner, "prepare_inputs", prepare_inputs)
 
 

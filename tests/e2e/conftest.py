@@ -27,7 +27,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(lab, tmp_path_factory):
     """Start the server as an operator would: no inline edits, one mask, presets."""
     from transformers import AutoConfig
@@ -83,6 +83,6 @@ def _wait(process, port, log: Path, seconds=240):
     raise RuntimeError("the server did not start:\n" + log.read_text()[-4000:])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client(server):
     return openai.OpenAI(base_url=server[0], api_key="none", max_retries=0)
