@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages know everything the code has, and their links lead somewhere."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from moe_tta.settings import EngineSettings
+from moe_tta.strategies import STRATEGIES
+from moe_tta.vllm_plugin.limits import _reasons
+from moe_tta.vllm_plugin.model_shape import FAMILIES
+from tests.docs.blocks import FENCE, PAGES, ROOT
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def read(name):
+    return (ROOT / name).read_text("utf-8")
+
+
+def anchors(text):
+    """Return GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    for link in LINK.findall(FENCE.sub("", page.read_text("utf-8"))):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text("utf-8")), link
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies_are_documented(name):
+    assert (ROOT / "docs" / "strategies" / f"{name}.md").is_file()
+    assert f"docs/strategies/{name}.md" in read("README.md")
+    reference = read("docs/request.md")
+    for member in (name, *STRATEGIES[name].params.model_fields):
+        assert f"| `{member}` |" in reference, member
+
+
+def test_settings_are_documented():
+    for name in EngineSettings.model_fields:
+        assert f"| `{name}` |" in read("docs/serve.md"), name
+
+
+def test_families_are_documented():
+    for page in ("README.md", "docs/limits.md"):
+        for family in FAMILIES:
+            assert f"`{family}`" in read(page), family
+
+
+def test_refused_set_ups_are_documented():
+    class Everything(SimpleNamespace):
+        def __getattr__(self, name):
+            return 2
+
+    config = SimpleNamespace(
+        parallel_config=Everything(),
+        speculative_config=1,
+        lora_config=1,
+        kv_transfer_config=1,
+    )
+    reasons = list(_reasons(config, [SimpleNamespace(is_monolithic=True)]))
+    assert len(reasons) >= 11
+    limits = read("docs/limits.md")
+    assert [reason for reason in reasons if reason not in limits] == []
