@@ -2,12 +2,15 @@
 """vLLM end to end equals the Hugging Face model with the oracle at its gates.
 
 The tolerance is derived, not chosen: transformers runs the same plan in the engine's
-dtype and in float64, and vLLM may be at most twice as far from float64 as the worst
-token of transformers is, plus one rounding of the logits.
+dtype and in float64. vLLM may be at most twice as far from float64 as transformers is,
+plus one rounding of the logits, both at the worst token and at the median one. In
+bfloat16 a rounding may turn a token to another expert, so that the worst token says
+little and the median says more; float32 is the sharp test.
 """
 
 import logging
 import random
+import statistics
 from functools import partial
 
 import pytest
@@ -74,10 +77,11 @@ def test_tiny_models(tiny_models, name, dtype):
     check(tiny_models(name), dtype, wide, vocab=256)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["smollm2-moe", "olmoe-fine"])
-def test_lab_models(lab, name):
+def test_lab_models(lab, name, dtype):
     wide = {"moe_tta": {"k_max": 4 if name == "smollm2-moe" else 12}}
-    check(lab(name), torch.bfloat16, wide, vocab=40000, keep=6)
+    check(lab(name), dtype, wide, vocab=40000, keep=4)
 
 
 def check(path, dtype, additional_config, vocab, keep=None, options=None):
@@ -95,5 +99,6 @@ def check(path, dtype, additional_config, vocab, keep=None, options=None):
     runs = list(zip(prompts, requests, results, strict=True))
     own, theirs = replica_errors(path, dtype, shape, runs)
     rounding = 16 * torch.finfo(dtype).eps  # one rounding of logits up to 16
-    log.info("max error: replica %.2e, vLLM %.2e", max(own), max(theirs))
-    assert max(theirs) <= 2 * max(own) + rounding
+    for what, worst in (("median", statistics.median), ("max", max)):
+        log.info("%s error: replica %.2e, vLLM %.2e", what, worst(own), worst(theirs))
+        assert worst(theirs) <= 2 * worst(own) + rounding
