@@ -10,13 +10,11 @@ from moe_tta.artefact import Artefact, load_artefact
 from moe_tta.compile import CompiledRequest, check_client_salt, compile_request
 from moe_tta.errors import RequestError
 from moe_tta.settings import ROOT, SettingsError
-from moe_tta.spec import check_inline, parse
+from moe_tta.spec import PARAMETER, check_inline, parse
 from moe_tta.strategies import PlanContext
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.model_shape import shape_from_config
 from moe_tta.vllm_plugin.options import read_settings
-
-KEY = "moe_tta"
 
 
 class Admission:
@@ -68,10 +66,10 @@ class Admission:
         extra_args = getattr(params, "extra_args", None) or {}
         try:
             self._check_keys(extra_args)
-            value = extra_args.get(KEY, self.settings.default)
+            value = extra_args.get(PARAMETER, self.settings.default)
             if value is None:
                 return None
-            return self._compile(value, resumable, KEY in extra_args)
+            return self._compile(value, resumable, PARAMETER in extra_args)
         except RequestError as err:
             raise compat.request_error(err) from None
 
@@ -85,15 +83,15 @@ class Admission:
             VLLMValidationError: one of them is meant for us.
         """
         for name in ignored:
-            if name.replace("-", "_").startswith(KEY):
+            if name.replace("-", "_").startswith(PARAMETER):
                 message = "expected inside vllm_xargs, not beside it"
                 raise compat.request_error(RequestError(message, name))
 
     def _check_keys(self, extra_args: dict[str, Any]) -> None:
         for key in extra_args:
-            if key != KEY and str(key).replace("-", "_").startswith(KEY):
+            if key != PARAMETER and str(key).replace("-", "_").startswith(PARAMETER):
                 raise RequestError(
-                    f"unknown parameter; everything goes into one {KEY!r}",
+                    f"unknown parameter; everything goes into one {PARAMETER!r}",
                     str(key),
                     key,
                 )
@@ -104,11 +102,13 @@ class Admission:
         if self.context is None:
             if not own:
                 return None
-            raise RequestError("this model has no MoE layers to route", KEY, value)
+            raise RequestError(
+                "this model has no MoE layers to route", PARAMETER, value
+            )
         if resumable:
             raise RequestError(
                 "streaming input is not supported: spans need the prompt's length",
-                KEY,
+                PARAMETER,
                 value,
             )
         spec = parse(value, presets=self.settings.presets)
@@ -130,9 +130,11 @@ class Admission:
         if params is None or not (compiled or params.extra_args):
             return
         # the caller's dict may be shared between requests: replace, never edit
-        extra_args = {k: v for k, v in (params.extra_args or {}).items() if k != KEY}
+        extra_args = {
+            k: v for k, v in (params.extra_args or {}).items() if k != PARAMETER
+        }
         if compiled is not None and not compiled.neutral:
-            extra_args[KEY] = compiled.to_wire()
+            extra_args[PARAMETER] = compiled.to_wire()
             salt = compiled.salt(_prompt_len(request), own_salt)
             request.cache_salt = own_salt if salt is None else salt
         params.extra_args = extra_args or None
@@ -145,10 +147,10 @@ def check_admitted(request: Any) -> None:
         VLLMValidationError: it was built by hand; a worker could not read it.
     """
     params = request.sampling_params
-    wire = (params.extra_args or {}).get(KEY) if params is not None else None
+    wire = (params.extra_args or {}).get(PARAMETER) if params is not None else None
     if wire is not None and not (isinstance(wire, dict) and "segments" in wire):
         message = "expected a prompt, not an EngineCoreRequest built by hand"
-        raise compat.request_error(RequestError(message, KEY))
+        raise compat.request_error(RequestError(message, PARAMETER))
 
 
 def _prompt_len(request: Any) -> int:

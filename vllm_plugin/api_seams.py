@@ -78,7 +78,9 @@ def _check_body(original: Callable) -> Callable:
         admission = type(self).moe_tta
         admission.check_members(self.model_extra or {})
         params = original(self, *args, **kwargs)
-        admission.compile(params, resumable=False)
+        if self.stream:
+            # other bodies are compiled once, on their way into the engine
+            admission.compile(params, resumable=False)
         return params
 
     return to_sampling_params

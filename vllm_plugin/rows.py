@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from moe_tta.kernels.table import Features
+from moe_tta.spec import PARAMETER
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.slots import SlotTable
 
@@ -31,7 +32,7 @@ class PlannedRequest:
     def from_new(new_request: Any) -> PlannedRequest | None:
         """Read the wire form that admission attached; `None` without one."""
         params = new_request.sampling_params
-        wire = (params.extra_args or {}).get("moe_tta") if params else None
+        wire = (params.extra_args or {}).get(PARAMETER) if params else None
         if not wire:
             return None
         return PlannedRequest(

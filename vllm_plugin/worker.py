@@ -40,7 +40,6 @@ class WorkerState:
         self.vllm_config = vllm_config
         self.device = device
         self.requests: dict[str, PlannedRequest] = {}
-        self.shape: RouterShape | None = None
         self.rows: StepRows | None = None
         self.armed: list[LayerRouting] = []
         self.trace: TraceRecorder | None = None
@@ -90,7 +89,6 @@ class WorkerState:
             )
             arm_router(runner, routing)
             self.armed.append(routing)
-        self.shape = shape
         if self.device.type != "cpu":
             logger.warning(
                 "moe-tta routes by the plain torch law on this device, in every layer "
