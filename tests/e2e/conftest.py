@@ -60,6 +60,8 @@ def server(lab, tmp_path_factory):
     env["VLLM_LOGGING_LEVEL"] = "INFO"
     # lets a test ask the worker what it holds
     env["VLLM_SERVER_DEV_MODE"] = "1"
+    # a busy machine must not close connections that wait for their next request
+    env["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "120"
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     try:
