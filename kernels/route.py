@@ -86,6 +86,10 @@ class RoutingKernel:
         """
         num_tokens, num_experts = len(router_logits), self.table.bias.shape[1]
         check_rows(router_logits, slots, positions, num_experts, padding)
+        if (given is not None) != (self.model_rows is ModelRows.GIVEN):
+            raise ValueError(
+                "a given routing goes with ModelRows.GIVEN, and only there"
+            )
         device = router_logits.device
         shape = (num_tokens, self.width)
         weights = torch.empty(shape, dtype=torch.float32, device=device)

@@ -250,7 +250,7 @@ def test_padding_routes_nowhere(rows):
     result = launch(
         *(torch.randn(3, 8), slots, make_table(shape).layer(0), rule, 3),
         padding=padding,
-        given=given,
+        given=given if rows is ModelRows.GIVEN else None,
         model_rows=rows,
     )
     assert result.topk_ids[1].tolist() == [-1, -1, -1]
