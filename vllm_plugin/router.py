@@ -37,6 +37,7 @@ class LayerRouting:
         self.rows = rows
         self.width = width
         self.observer: Callable | None = None
+        self.skips_unused = False  # vLLM's CPU experts crash on id -1
 
     def apply(
         self,

@@ -150,6 +150,7 @@ class WorkerState:
         pinned = self.rows.slot_table.pinned if self.rows else {}
         return {
             "armed_layers": [routing.layer for routing in self.armed],
+            "skips_unused": all(routing.skips_unused for routing in self.armed),
             "requests_with_plan": len(self.requests),
             "slots_in_use": len(pinned),
         }
