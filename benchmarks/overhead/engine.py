@@ -19,26 +19,28 @@ admit: seconds of `add_request` for one request, in which plans are compiled.
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import json
+import os
+import random
+import sys
 import time
+from typing import Any, TextIO
 
-BEGIN = time.perf_counter()
-
-import gc  # noqa: E402
-import hashlib  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import random  # noqa: E402
-import sys  # noqa: E402
-from typing import Any, TextIO  # noqa: E402
-
-from benchmarks.overhead.modes import requests  # noqa: E402
-from moe_tta.vllm_plugin.model_shape import shape_from_config  # noqa: E402
+from benchmarks.overhead.modes import requests
+from moe_tta.vllm_plugin.model_shape import shape_from_config
 
 EDGE = 4  # calls of step() at either end that are not timed
 
 
 class Engine:
-    """vLLM's offline engine, and measurements on it."""
+    """vLLM's offline engine, and measurements on it.
+
+    Args:
+        spec: `options` of vLLM's LLM, whether the `plugin` must be on, and the
+            `begin` of this process in seconds since the epoch.
+    """
 
     def __init__(self, spec: dict[str, Any]):
         import torch
@@ -54,7 +56,7 @@ class Engine:
         plugin = getattr(self.core.input_processor, "moe_tta", None)
         assert (plugin is not None) == spec["plugin"], "the plugin's switch is ignored"
         self.facts = {
-            "start_s": time.perf_counter() - BEGIN,
+            "start_s": time.time() - spec["begin"],
             "armed_layers": 0,
             "memory": None,
             **self._conditions(),

@@ -36,10 +36,14 @@ class EngineOptions:
 
     @property
     def kv_bytes(self) -> int:
-        """KV cache for the largest batch."""
-        sequences = max(cell.size for cell in self.cells)
-        length = max(cell.length for cell in self.cells)
-        return self.model.kv_bytes(sequences, length, self.dtype)
+        """KV cache for the largest batch, and for one sequence as vLLM demands."""
+        needs = [cell.size * round_up(cell.length) for cell in self.cells]
+        return self.model.kv_bytes(max(*needs, self.max_length), self.dtype)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest request, in whole blocks."""
+        return max(round_up(cell.length) for cell in self.cells)
 
     def spec(self, kind: str, engines: int) -> dict[str, Any]:
         """Return what `benchmarks.overhead.engine` takes, `engines` sharing a device.
@@ -54,7 +58,7 @@ class EngineOptions:
             "skip_tokenizer_init": True,
             "dtype": self.dtype,
             "seed": 0,
-            "max_model_len": round_up(max(cell.length for cell in cells)),
+            "max_model_len": self.max_length,
             "max_num_seqs": max(cell.size for cell in cells),
             # every prefill is one step
             "max_num_batched_tokens": max(

@@ -57,15 +57,14 @@ class Model:
         """vLLM's option: random weights where the folder has none."""
         return "auto" if any(self.folder.glob("*.safetensors")) else "dummy"
 
-    def kv_bytes(self, sequences: int, length: int, dtype: str) -> int:
-        """Return the KV cache that holds so many sequences of `length` tokens."""
+    def kv_bytes(self, tokens: int, dtype: str) -> int:
+        """Return the size of a KV cache for so many tokens."""
         config = self.config
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
         heads = config.num_hidden_layers * config.num_key_value_heads
-        token = 2 * heads * head_dim * DTYPE_BYTES[dtype]
         # two blocks more: one is vLLM's null block
-        return (sequences * round_up(length) + 2 * BLOCK) * token
+        return (tokens + 2 * BLOCK) * 2 * heads * head_dim * DTYPE_BYTES[dtype]
 
     def engine_bytes(self, kv_bytes: int, dtype: str) -> int:
         """Estimate the device memory of one engine."""

@@ -90,6 +90,7 @@ class EngineProcess(Process):
     """
 
     def __init__(self, spec: dict[str, Any], environment: Mapping, log: Path):
+        spec = {**spec, "begin": time.time()}
         args = ["benchmarks.overhead.engine", json.dumps(spec)]
         alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         super().__init__(args, {**alone, **environment}, log, pipes=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.overhead.modes import AGAIN, STOCK
+from benchmarks.overhead.modes import AGAIN, ENGINE_OF, STOCK
 
 RESAMPLES = 2000
 UNPLANNED = (AGAIN, "idle", "k-max")  # no request carries a plan: tokens are stock's
@@ -25,7 +25,9 @@ def summarise(samples: Iterable[Sample]) -> list[dict[str, Any]]:
 
     Returns:
         Rows with `seconds` (median), `ratio` (median over rounds of the ratio to stock
-        in the same round), `low` and `high` (bootstrap, 95 %) and `rounds`.
+        in the same round), `low` and `high` (bootstrap, 95 %) and `rounds`, those
+        compared. Without any, where stock's time was 0 or is missing, the three are
+        `None`.
     """
     cells: dict[tuple, dict[str, dict[tuple, float]]] = defaultdict(dict)
     for sample in samples:
@@ -33,21 +35,27 @@ def summarise(samples: Iterable[Sample]) -> list[dict[str, Any]]:
         rounds = modes.setdefault(sample["mode"], {})
         rounds[sample["group"], sample["round"]] = sample["seconds"]
     return [
-        {"measure": measure, "size": size, "mode": mode, **_compare(found, modes)}
-        for (measure, size), modes in cells.items()
-        for mode, found in modes.items()
+        {"measure": measure, "size": size, "mode": mode, **_compare(modes[mode], modes)}
+        for (measure, size), modes in sorted(cells.items(), key=_by_size)
+        for mode in ENGINE_OF
+        if mode in modes
     ]
+
+
+def _by_size(item: tuple[tuple[str, str], Any]) -> tuple:
+    (measure, size), _ = item
+    return measure, [int(number) for number in size.split("x")]
 
 
 def _compare(
     found: Mapping[tuple, float], modes: Mapping[str, Mapping[tuple, float]]
 ) -> dict[str, Any]:
-    stock = modes[STOCK]
-    ratios = [seconds / stock[key] for key, seconds in found.items()]
-    low, high = interval(ratios)
+    stock = modes.get(STOCK, {})
+    ratios = [found[key] / stock[key] for key in found if stock.get(key)]
+    low, high = interval(ratios) if ratios else (None, None)
     return {
         "seconds": float(np.median(list(found.values()))),
-        "ratio": float(np.median(ratios)),
+        "ratio": float(np.median(ratios)) if ratios else None,
         "low": low,
         "high": high,
         "rounds": len(ratios),
@@ -84,8 +92,9 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if (row["measure"], row["size"]) != cell:
             cell = row["measure"], row["size"]
             text.append(f"{row['measure']} {row['size']}")
-        text.append(
-            f"  {row['mode']:13} {row['seconds'] * 1e3:10.4f} ms  x {row['ratio']:.4f}"
-            f"  [{row['low']:.4f}, {row['high']:.4f}]  {row['rounds']} rounds"
-        )
+        seconds = f"  {row['mode']:13} {row['seconds'] * 1e3:10.4f} ms"
+        if row["rounds"]:
+            spread = f"[{row['low']:.4f}, {row['high']:.4f}]"
+            seconds += f"  x {row['ratio']:.4f}  {spread}  {row['rounds']} rounds"
+        text.append(seconds)
     return text
