@@ -144,13 +144,21 @@ def is_triton_experts(experts: Any) -> bool:
     return type(experts) is TritonExperts
 
 
-def sum_used_columns(
-    input: Any, output: Any, topk_ids: Any = None, expert_map: Any = None
-) -> None:
-    """Sum expert outputs [T, width, H] into [T, H] without columns of id -1."""
-    from vllm import _custom_ops
+def sum_used_columns() -> None:
+    """Make vLLM's Triton experts leave columns of id -1 out of their sum.
 
-    _custom_ops.moe_sum(input, output, topk_ids, expert_map)
+    The class is changed, not one layer's experts, which vLLM may make anew.
+    """
+    from vllm import _custom_ops
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    def make(original):
+        def moe_sum(self, input, output, topk_ids=None, expert_map=None):
+            _custom_ops.moe_sum(input, output, topk_ids, expert_map)
+
+        return moe_sum
+
+    wrap(TritonExperts, "moe_sum", make)
 
 
 def register_op(

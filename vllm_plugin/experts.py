@@ -22,7 +22,7 @@ def let_experts_skip(runner: Any) -> bool:
     experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
     if not compat.is_triton_experts(experts) or _scales_by_all_rows(experts):
         return False
-    experts.moe_sum = compat.sum_used_columns
+    compat.sum_used_columns()
     return True
 
 
