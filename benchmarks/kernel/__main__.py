@@ -122,6 +122,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--check-stock", action="store_true")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
     op = stock.find_stock()
     if args.check_stock:
         return check_stock(args.grid, op)

@@ -13,8 +13,6 @@ that.
 
 import torch
 
-from moe_tta.kernels.route import route_triton
-from tests.kernels.drawing import LAYERS
 from tests.kernels.random_plans import WORLDS, draw, draw_rows
 
 PLANS = 12
@@ -26,8 +24,7 @@ def main():
     for index in WORLDS:
         world = draw(index, PLANS, "cuda")
         for num_rows in ROWS:
-            rows = draw_rows(world, num_rows)
-            route_triton(*rows, world.table, world.rule, world.shape.k_max, LAYERS[1])
+            world.kernel(*draw_rows(world, num_rows))
             torch.cuda.synchronize()
             launches += 1
     print(f"{launches} launches")  # noqa: T201

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moe_tta.kernels.reference import RoutingRule, route
-from moe_tta.kernels.route import route_triton
+from moe_tta.kernels.reference import Routing, RoutingRule, route
+from moe_tta.kernels.route import RoutingKernel
 from moe_tta.kernels.table import LayerTable, PlanTable
 from moe_tta.shape import RouterShape
 from tests.kernels.cases import used
@@ -53,14 +53,17 @@ class World:
     shape: RouterShape
     rule: RoutingRule
     table: LayerTable
+    kernel: RoutingKernel
     layout: Layout
     num_plans: int
+    padded: bool  # some rows are no token
 
 
 class Rows(NamedTuple):
     logits: torch.Tensor  # [T, >= E]
     slots: torch.Tensor  # [T]
     positions: torch.Tensor  # [T] int64
+    padding: torch.Tensor | None  # [T] bool
 
 
 def draw(index, num_plans, device, most_experts=512):
@@ -87,8 +90,14 @@ def draw(index, num_plans, device, most_experts=512):
     for slot in range(1, num_plans + 1):
         table.write(slot, make_any_plan(rng, shape))
     bias = torch.from_numpy(grid(rng, num_experts, 1)).to(device) if biased else None
-    rule, layout = RoutingRule.from_shape(shape, bias), LAYOUTS[index % len(LAYOUTS)]
-    return World(rng, shape, rule, table.layer(1), layout, num_plans)
+    rule = RoutingRule.from_shape(shape, bias)
+    kernel = RoutingKernel(
+        *(table.layer(1), rule, shape.k_max, LAYERS[1]), skip_unused=index % 2 == 1
+    )
+    layout = LAYOUTS[index % len(LAYOUTS)]
+    return World(
+        rng, shape, rule, table.layer(1), kernel, layout, num_plans, index % 3 == 0
+    )
 
 
 def draw_rows(world, num_rows):
@@ -104,10 +113,12 @@ def draw_rows(world, num_rows):
         logits = logits.T.contiguous().T
     slots = (rng.permutation(max(num_rows, 1))[:num_rows] % world.num_plans) + 1
     slots[rng.random(num_rows) < 1 / 8] = 0
+    padding = torch.from_numpy(rng.random(num_rows) < 1 / 8).to(device)
     return Rows(
         logits[:: layout.apart],
         torch.from_numpy(slots).to(device, layout.slots),
         torch.from_numpy(rng.integers(0, 2**40, num_rows)).to(device),
+        padding if world.padded else None,
     )
 
 
@@ -117,19 +128,19 @@ def check(world, rows):
     Ids differ only where `Leeway` permits what the kernel chose; all other rows agree
     in weights up to `weight_error`.
     """
-    rest = world.table, world.rule, world.shape.k_max, LAYERS[1]
-    law = route(*rows, *rest)
+    law = by_law(world, rows)
     with guarded() as blocks:
-        result = route_triton(*rows, *rest)
+        result = world.kernel(*rows)
     check_memory(result, blocks)
-    experts = world.shape.num_experts
-    logits = rows.logits[:, :experts].float()
-    if not len(logits):
-        assert result.topk_ids.shape == law.topk_ids.shape
+    assert result.topk_ids.shape == law.topk_ids.shape
+    if not len(rows.slots):
         return 0
+    result = plain(world, rows, result, law)
+    experts = world.shape.num_experts
     assert ((result.topk_ids >= 0) & (result.topk_ids < experts)).all()
     differ = (result.topk_ids != law.topk_ids).any(dim=1)
     bias = world.table.bias[rows.slots.long()]
+    logits = rows.logits[:, :experts].float()
     reach = logits.abs().amax(dim=1) + bias.abs().amax(dim=1) + 1
     bound = weight_error(reach, experts, world.shape.k_max)[:, None]
     gap = (result.topk_weights - law.topk_weights).abs()
@@ -139,6 +150,29 @@ def check(world, rows):
     refused = [index for index in excused if not permitted(world, rows, result, index)]
     assert not refused, describe(world, rows, law, result, refused[:1])
     return len(excused)
+
+
+def by_law(world, rows):
+    rest = world.table, world.rule, world.shape.k_max, LAYERS[1]
+    return route(rows.logits, rows.slots, rows.positions, *rest)
+
+
+def plain(world, rows, result, law):
+    """Check ids -1; return the result with the law's padding rows and unused ids."""
+    weights, ids = result
+    if rows.padding is not None:
+        assert (ids[rows.padding] == -1).all()
+        assert (weights[rows.padding] == 0).all()
+        place = rows.padding[:, None]
+        weights = torch.where(place, law.topk_weights, weights)
+        ids = torch.where(place, law.topk_ids, ids)
+    if world.kernel.skip_unused:
+        repeated = ids[:, 1:] == ids[:, :1]
+        if rows.padding is not None:
+            repeated &= ~place
+        assert not repeated.any()
+        ids = torch.where(ids == -1, ids[:, :1], ids)
+    return Routing(weights, ids)
 
 
 def permitted(world, rows, result, index):

@@ -7,11 +7,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from moe_tta.kernels.reference import route
 from tests.kernels.cases import used
 from tests.kernels.drawing import LAYERS, ROUTERS
 from tests.kernels.leeway import Leeway
-from tests.kernels.random_plans import draw, draw_rows
+from tests.kernels.random_plans import by_law, draw, draw_rows
 
 ROWS = 60
 
@@ -34,7 +33,7 @@ def test_only_rounding_is_excused(index):
     world = draw(index, 40, "cpu")
     rows = draw_rows(world, ROWS)
     experts, width = world.shape.num_experts, world.shape.k_max
-    law = route(*rows, world.table, world.rule, width, LAYERS[1])
+    law = by_law(world, rows)
     permitted = asked = 0
     for row in range(ROWS):
         leeway = Leeway(
