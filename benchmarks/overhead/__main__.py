@@ -88,14 +88,9 @@ def run(args: argparse.Namespace, begin: float) -> dict:
     cells = [Cell("decode", size, args.prompt, args.steps) for size in args.batch]
     cells += [Cell("prefill", *pair) for pair in args.prefill]
     options = EngineOptions(model, cells, args.dtype, args.eager)
-    flags = {**vars(args), "model": model.name}
     run = {
         "benchmark": "overhead",
-        "conditions": {
-            **conditions(flags),
-            "model": model.config.model_type,
-            "weights": "random" if model.load_format == "dummy" else "loaded",
-        },
+        "conditions": conditions(vars(args), model),
         "groups": [],
         "samples": [],
     }

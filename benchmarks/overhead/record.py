@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.overhead.models import Model
 from benchmarks.overhead.processes import ROOT
 
 
@@ -37,8 +38,8 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())
 
 
-def conditions(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a number needs beside it: machine, versions, date, flags."""
+def conditions(flags: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """Return what a number needs beside it: machine, versions, date, flags, model."""
     import torch
     import triton
     from vllm.platforms import current_platform
@@ -59,7 +60,12 @@ def conditions(flags: Mapping[str, Any]) -> dict[str, Any]:
         "python": platform.python_version(),
         "moe_tta": moe_tta.__version__,
         "commit": _commit(),
-        "flags": {name: _plain(value) for name, value in flags.items()},
+        "flags": {
+            **{name: _plain(value) for name, value in flags.items()},
+            "model": model.name,
+        },
+        "model": model.config.model_type,
+        "weights": "random" if model.load_format == "dummy" else "loaded",
     }
 
 

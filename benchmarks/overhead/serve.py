@@ -144,8 +144,11 @@ def run(args: argparse.Namespace, begin: float, scratch: Path) -> dict[str, Any]
     """Start both servers, measure, write after every round."""
     model = Model.find(args.model)
     folder = servable(model, scratch)
-    flags = {**vars(args), "model": model.name}
-    run = {"benchmark": "serve", "conditions": conditions(flags), "samples": []}
+    run: dict[str, Any] = {
+        "benchmark": "serve",
+        "conditions": conditions(vars(args), model),
+        "samples": [],
+    }
     file = ResultFile(args.out)
     kinds = [engine_kind(name, model.shape) for name in ("stock", "plugin")]
     logs = args.out.with_suffix("")
