@@ -48,9 +48,9 @@ class RoutingKernel:
         model_rows: ModelRows | None = None,
         skip_unused: bool = False,
     ):
-        device, num_experts = table.bias.device, table.bias.shape[1]
-        check_table(table, device)
-        check_rule(rule, width, num_experts, device)
+        num_experts = table.bias.shape[1]
+        check_table(table)
+        check_rule(rule, width, num_experts, table.packed.device)
         if model_rows is None:
             model_rows = ModelRows.STOCK if has_stock_rows(rule) else ModelRows.LAW
         if model_rows is ModelRows.STOCK and not has_stock_rows(rule):
@@ -61,7 +61,16 @@ class RoutingKernel:
         self.layer = layer
         self.model_rows = model_rows
         self.skip_unused = skip_unused
-        self._constants = _constants(rule, width, num_experts, model_rows)
+        packed, bias = table.packed, rule.correction_bias
+        self._fixed = (
+            *(packed, packed.stride(0), packed if bias is None else bias),
+            *(layer, rule.top_k),
+        )
+        self._constants = _constants(rule, width, num_experts, model_rows, skip_unused)
+        self._orders = {
+            dtype: SumOrder.of(num_experts, dtype)._asdict()
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        }
 
     def __call__(
         self,
@@ -71,48 +80,31 @@ class RoutingKernel:
         padding: torch.Tensor | None = None,
         given: Routing | None = None,
     ) -> Routing:
-        """Return the routing of T rows.
+        """Return the routing of T rows; arguments are not checked, `check_rows` does.
 
         Args:
-            router_logits: [T, >= E], any float dtype and strides; columns beyond E
+            router_logits: [T, >= E] f32, bf16 or f16, any strides; columns beyond E
                 are ignored.
             slots: [T] int32 or int64, contiguous; each row's slot in the table.
             positions: [T] int64, contiguous; absolute positions, in tokens.
             padding: [T] bool, contiguous; rows that are no token get id -1.
-            given: [T, top_k] routing for rows of slot 0, with `ModelRows.GIVEN` only.
-
-        Raises:
-            ValueError: an argument has the wrong shape, dtype, layout or device.
+            given: [T, top_k] contiguous routing for rows of slot 0, needed with
+                `ModelRows.GIVEN`.
         """
-        num_tokens, num_experts = len(router_logits), self.table.bias.shape[1]
-        check_rows(router_logits, slots, positions, num_experts, padding)
-        if (given is not None) != (self.model_rows is ModelRows.GIVEN):
-            raise ValueError(
-                "a given routing goes with ModelRows.GIVEN, and only there"
-            )
-        device = router_logits.device
+        num_tokens, device = router_logits.shape[0], router_logits.device
         shape = (num_tokens, self.width)
         weights = torch.empty(shape, dtype=torch.float32, device=device)
         ids = torch.empty(shape, dtype=torch.int32, device=device)
         if num_tokens == 0:
             return Routing(weights, ids)
-        table, bias = self.table, self.rule.correction_bias
-        order = SumOrder.of(num_experts, router_logits.dtype)
         route_row[(num_tokens,)](
             *(weights, ids, router_logits, *router_logits.stride(), slots, positions),
             slots if padding is None else padding,
             *((weights, ids) if given is None else given),
-            *(*table, table.bias.stride(0), table.mix.stride(0)),
-            table.select_args.stride(0),
-            router_logits if bias is None else bias,
-            self.layer,
+            *self._fixed,
             HAS_PADDING=padding is not None,
-            SKIP_UNUSED=self.skip_unused,
-            RUN=order.run,
-            THREADS=order.threads,
-            LOADS=order.loads,
-            IN_WARP=order.in_warp,
             EXACT=router_logits.is_cuda,
+            **self._orders[router_logits.dtype],
             **self._constants,
         )
         return Routing(weights, ids)
@@ -137,13 +129,22 @@ def route_triton(
     width: int,
     layer: int,
 ) -> Routing:
-    """Route every row by its slot's plan; see `RoutingKernel` for the arguments."""
+    """Route every row by its slot's plan; see `RoutingKernel` for the arguments.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, layout or device.
+    """
     kernel = RoutingKernel(table, rule, width, layer)
+    check_rows(router_logits, slots, positions, table.bias.shape[1])
     return kernel(router_logits, slots, positions)
 
 
 def _constants(
-    rule: RoutingRule, width: int, num_experts: int, model_rows: ModelRows
+    rule: RoutingRule,
+    width: int,
+    num_experts: int,
+    model_rows: ModelRows,
+    skip_unused: bool,
 ) -> dict:
     """Return what is compiled into the kernel and the same in every call."""
     block = triton.next_power_of_2(num_experts)
@@ -161,6 +162,7 @@ def _constants(
         "TOPK_GROUP": rule.topk_group,
         "FACTOR": rule.routed_scaling_factor,
         "MODEL_ROWS": model_rows.value,
+        "SKIP_UNUSED": skip_unused,
         # one warp: every reduction stays in registers
         "num_warps": 1 if block <= 512 else 4,
         "enable_fp_fusion": False,  # round where the law rounds

@@ -8,7 +8,7 @@ over threads. The same order gives the same bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,20 +22,19 @@ _BLOCK = 256
 _CLEARED = tl.constexpr(-10000.0)  # below every score
 
 
-@dataclass(frozen=True)
-class SumOrder:
+class SumOrder(NamedTuple):
     """How stock vLLM spreads one row's experts over threads.
 
-    Each of `threads` sums `loads` runs of `run` neighbouring experts, one after the
-    other; then sums of threads meet in a tree. `in_warp`: one warp or less holds the
-    row, and halves meet (butterfly); otherwise a block of `threads` holds it,
+    Each of `THREADS` sums `LOADS` runs of `RUN` neighbouring experts, one after the
+    other; then sums of threads meet in a tree. `IN_WARP`: one warp or less holds the
+    row, and halves meet (butterfly); otherwise a block of `THREADS` holds it,
     neighbours meet in each warp, and warps follow one another.
     """
 
-    run: int
-    threads: int
-    loads: int
-    in_warp: bool
+    RUN: int
+    THREADS: int
+    LOADS: int
+    IN_WARP: bool
 
     @staticmethod
     def of(num_experts: int, dtype: torch.dtype) -> SumOrder:
@@ -46,21 +45,22 @@ class SumOrder:
         elif num_experts in (192, 320, 384, 448, 576):
             run = 8 // size if size == 4 else 4 // size
         else:
-            return SumOrder(1, _BLOCK, -(-num_experts // _BLOCK), in_warp=False)
+            return SumOrder(1, _BLOCK, -(-num_experts // _BLOCK), False)
         loads = max(1, num_experts // (run * _WARP))
-        return SumOrder(run, num_experts // (run * loads), loads, in_warp=True)
+        return SumOrder(run, num_experts // (run * loads), loads, True)
 
 
 @triton.jit
 def route_model_row(
     weights_ptr,  # [WIDTH] f32
     ids_ptr,  # [WIDTH] int32
-    logits_ptr,  # [>= E]
+    logits,  # [BLOCK_E] f32
+    logits_ptr,  # the same, [>= E]
     column_stride,
+    top_k,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    TOP_K: tl.constexpr,
     RENORMALIZES: tl.constexpr,
     RUN: tl.constexpr,
     THREADS: tl.constexpr,
@@ -68,11 +68,10 @@ def route_model_row(
     IN_WARP: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Write the row's first `TOP_K` columns and return the first id."""
+    """Write the row's first `top_k` columns and return the first id."""
     experts = tl.arange(0, BLOCK_E)
     inside = experts < E
-    columns = experts.to(tl.int64) * column_stride
-    logits = tl.load(logits_ptr + columns, mask=inside, other=-INF).to(tl.float32)
+    logits = tl.where(inside, logits, -INF)
     best = tl.max(logits, axis=0)
     total = _sum_powers(
         logits_ptr, column_stride, best, E, RUN, THREADS, LOADS, IN_WARP, EXACT
@@ -86,7 +85,7 @@ def route_model_row(
     weights = tl.zeros([BLOCK_W], tl.float32)
     ids = tl.zeros([BLOCK_W], tl.int32)
     chosen = 0.0
-    for rank in tl.static_range(TOP_K):
+    for rank in range(top_k):
         top, pick = tl.max(
             scores, axis=0, return_indices=True, return_indices_tie_break_left=True
         )
@@ -96,8 +95,8 @@ def route_model_row(
         chosen += top
     if RENORMALIZES:
         weights *= tl.div_rn(1.0, tl.where(chosen > 0, chosen, 1.0))
-    tl.store(weights_ptr + tail, weights, mask=tail < TOP_K)
-    tl.store(ids_ptr + tail, ids, mask=tail < TOP_K)
+    tl.store(weights_ptr + tail, weights, mask=tail < top_k)
+    tl.store(ids_ptr + tail, ids, mask=tail < top_k)
     return tl.sum(tl.where(tail == 0, ids, 0), axis=0)
 
 

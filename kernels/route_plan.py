@@ -26,7 +26,7 @@ from moe_tta.kernels.route_ranks import (
     uniform,
 )
 from moe_tta.kernels.scores import EPS
-from moe_tta.kernels.table import DEMOTE, DROP, FORBIDDEN, PROMOTE
+from moe_tta.kernels.table import DEMOTE, DROP, FORBIDDEN, PROMOTE, Layout
 from moe_tta.plan import Renorm
 
 _FORBIDDEN, _PROMOTE, _DEMOTE, _DROP = map(
@@ -34,31 +34,22 @@ _FORBIDDEN, _PROMOTE, _DEMOTE, _DROP = map(
 )
 _RENORM_MODEL, _RENORM_ALWAYS, _ = (tl.constexpr(renorm.value) for renorm in Renorm)
 _EPS = tl.constexpr(EPS)
+_OFFSETS = Layout.of(1).offsets  # of the numbers and of bias the same for all E
+_SEED, _MIX, _SELECT = (tl.constexpr(_OFFSETS[n]) for n in ("seed", "mix", "select"))
+_K_MIN, _K_MAX, _RENORM = (
+    tl.constexpr(_OFFSETS[n]) for n in ("k_min", "k_max", "renorm")
+)
+_SELECT_ARGS, _BIAS = (tl.constexpr(_OFFSETS[n]) for n in ("select_args", "bias"))
 
 
 @triton.jit
 def route_planned_row(
     weights_ptr,  # [WIDTH] f32
     ids_ptr,  # [WIDTH] int32
-    logits_ptr,  # [>= E]
-    column_stride,
-    slot,
+    logits,  # [BLOCK_E] f32, 0 beyond E
+    has_plan,
     position_ptr,
-    # the fields of `LayerTable`
-    flags_ptr,
-    bias_ptr,
-    target_ptr,
-    scale_ptr,
-    mix_ptr,
-    select_ptr,
-    k_min_ptr,
-    k_max_ptr,
-    renorm_ptr,
-    select_args_ptr,
-    seed_ptr,
-    per_expert_stride,
-    per_slot_stride,
-    args_stride,
+    plan_ptr,  # the slot's bytes, see `table.Layout`
     correction_ptr,  # [E], read with BIASED
     layer,
     E: tl.constexpr,
@@ -78,25 +69,22 @@ def route_planned_row(
     """Write all columns of the row."""
     experts = tl.arange(0, BLOCK_E)
     inside = experts < E
-    columns = experts.to(tl.int64) * column_stride
-    logits = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-
     # slot 0 is neutral: its masked loads read nothing; all loads start together
-    has_plan = slot > 0
     planned = experts < tl.where(has_plan, E, 0)
-    cells = slot * per_expert_stride + experts
-    cell = slot * per_slot_stride
-    flags = tl.load(flags_ptr + cells, mask=planned, other=0).to(tl.int32)
-    bias = tl.load(bias_ptr + cells, mask=planned, other=0.0)
-    scale = tl.load(scale_ptr + cells, mask=planned, other=1.0)
-    mix = tl.load(mix_ptr + cell, mask=has_plan, other=0.0)
-    select = tl.load(select_ptr + cell, mask=has_plan, other=MODEL)
-    k_min = tl.load(k_min_ptr + cell, mask=has_plan, other=TOP_K)
-    k_max = tl.load(k_max_ptr + cell, mask=has_plan, other=TOP_K)
-    renorm = tl.load(renorm_ptr + cell, mask=has_plan, other=_RENORM_MODEL)
-    select_args_ptr += slot * args_stride
-    arg0 = tl.load(select_args_ptr, mask=has_plan, other=0.0)
-    arg1 = tl.load(select_args_ptr + 1, mask=has_plan, other=0.0)
+    floats = plan_ptr.to(tl.pointer_type(tl.float32))
+    ints = plan_ptr.to(tl.pointer_type(tl.int32))
+    arrays = floats + _BIAS // 4 + experts  # bias, target, scale, then flags
+    flags = tl.load(plan_ptr + _BIAS + 12 * E + experts, mask=planned, other=0)
+    flags = flags.to(tl.int32)
+    bias = tl.load(arrays, mask=planned, other=0.0)
+    scale = tl.load(arrays + 2 * E, mask=planned, other=1.0)
+    mix = tl.load(floats + _MIX // 4, mask=has_plan, other=0.0)
+    select = tl.load(ints + _SELECT // 4, mask=has_plan, other=MODEL)
+    k_min = tl.load(ints + _K_MIN // 4, mask=has_plan, other=TOP_K)
+    k_max = tl.load(ints + _K_MAX // 4, mask=has_plan, other=TOP_K)
+    renorm = tl.load(ints + _RENORM // 4, mask=has_plan, other=_RENORM_MODEL)
+    arg0 = tl.load(floats + _SELECT_ARGS // 4, mask=has_plan, other=0.0)
+    arg1 = tl.load(floats + _SELECT_ARGS // 4 + 1, mask=has_plan, other=0.0)
     allowed = inside & ((flags & _FORBIDDEN) == 0)
 
     # scores and keys
@@ -113,7 +101,7 @@ def route_planned_row(
     elif SCORING == "softmax" or SCORING == "topk_softmax":
         has_target = mix > 0
         if has_target:
-            target = tl.load(target_ptr + cells, mask=allowed, other=0.0)
+            target = tl.load(arrays + E, mask=allowed, other=0.0)
             scores = tl.where(allowed, (1 - mix) * scores + mix * target, 0.0)
             keys = tl.where(allowed, scores, -INF)
     if GROUPS > 1:
@@ -134,9 +122,9 @@ def route_planned_row(
         depth = tl.maximum(depth, tl.minimum(arg1.to(tl.int32) + 1, eligible))
     rank = rank_highest(ordered_bits(keys), experts, first, depth)
     if select == SAMPLE:
-        tau = tl.load(select_args_ptr + 2)
+        tau = tl.load(floats + _SELECT_ARGS // 4 + 2)
         pool = tl.minimum(arg1, eligible.to(tl.float32))
-        seed = tl.load(seed_ptr + cell)
+        seed = tl.load((plan_ptr + _SEED).to(tl.pointer_type(tl.int64)))
         noise = uniform(seed, layer, tl.load(position_ptr), experts)
         rank = redraw(rank, shares, noise, arg0, pool, tau, most)
     count = count_ranks(shares, rank, select, arg0, arg1, k_min, k_max, most, LOG_E)

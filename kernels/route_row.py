@@ -23,7 +23,7 @@ class ModelRows(Enum):
 _LAW, _STOCK, _GIVEN = (tl.constexpr(rows.value) for rows in ModelRows)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer", "top_k"])
 def route_row(
     weights_ptr,  # [T, WIDTH] f32
     ids_ptr,  # [T, WIDTH] int32
@@ -35,23 +35,11 @@ def route_row(
     padding_ptr,  # [T] bool, read with HAS_PADDING
     given_weights_ptr,  # [T, TOP_K] f32, read with GIVEN
     given_ids_ptr,  # [T, TOP_K] int
-    # the fields of `LayerTable`
-    flags_ptr,
-    bias_ptr,
-    target_ptr,
-    scale_ptr,
-    mix_ptr,
-    select_ptr,
-    k_min_ptr,
-    k_max_ptr,
-    renorm_ptr,
-    select_args_ptr,
-    seed_ptr,
-    per_expert_stride,
-    per_slot_stride,
-    args_stride,
+    plans_ptr,  # [S, bytes], `LayerTable.packed`
+    plans_stride,
     correction_ptr,  # [E], read with BIASED
     layer,
+    top_k,  # TOP_K again, so that a loop over it is not unrolled: code costs time
     HAS_PADDING: tl.constexpr,
     SKIP_UNUSED: tl.constexpr,
     RUN: tl.constexpr,
@@ -79,6 +67,9 @@ def route_row(
     weights_ptr += row * WIDTH
     ids_ptr += row * WIDTH
     logits_ptr += row * logits_row_stride
+    experts = tl.arange(0, BLOCK_E)
+    columns = experts.to(tl.int64) * logits_column_stride
+    logits = tl.load(logits_ptr + columns, mask=experts < E, other=0.0).to(tl.float32)
     is_padding = False
     if HAS_PADDING:
         is_padding = tl.load(padding_ptr + row) != 0
@@ -89,11 +80,8 @@ def route_row(
         fill_unused(weights_ptr, ids_ptr, 0, 0, WIDTH, BLOCK_W, True)
     elif by_plan:
         route_planned_row(
-            *(weights_ptr, ids_ptr, logits_ptr, logits_column_stride),
-            *(slot, positions_ptr + row),
-            *(flags_ptr, bias_ptr, target_ptr, scale_ptr, mix_ptr, select_ptr),
-            *(k_min_ptr, k_max_ptr, renorm_ptr, select_args_ptr, seed_ptr),
-            *(per_expert_stride, per_slot_stride, args_stride),
+            *(weights_ptr, ids_ptr, logits),
+            *(slot > 0, positions_ptr + row, plans_ptr + slot * plans_stride),
             *(correction_ptr, layer, E, LOG_E, BLOCK_E, WIDTH, BLOCK_W, TOP_K),
             *(SCORING, BIASED, RENORMALIZES, GROUPS, TOPK_GROUP, FACTOR),
             SKIP_UNUSED,
@@ -101,8 +89,8 @@ def route_row(
     else:
         if MODEL_ROWS == _STOCK:
             best = route_model_row(
-                *(weights_ptr, ids_ptr, logits_ptr, logits_column_stride),
-                *(E, BLOCK_E, BLOCK_W, TOP_K, RENORMALIZES),
+                *(weights_ptr, ids_ptr, logits, logits_ptr, logits_column_stride),
+                *(top_k, E, BLOCK_E, BLOCK_W, RENORMALIZES),
                 *(RUN, THREADS, LOADS, IN_WARP, EXACT),
             )
         else:

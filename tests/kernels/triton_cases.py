@@ -294,6 +294,7 @@ def call(**changed):
 
 
 TABLE = make_table(make_shape(num_experts=8)).layer(0)
+UNALIGNED = torch.zeros(2, TABLE.packed.shape[1] + 8, dtype=torch.uint8)[:, 8:]
 
 
 @pytest.mark.parametrize(
@@ -313,8 +314,9 @@ TABLE = make_table(make_shape(num_experts=8)).layer(0)
             {"rule": RoutingRule("softmax", 2, True, correction_bias=torch.zeros(7))},
             "correction_bias",
         ),
-        ({"table": TABLE._replace(mix=TABLE.mix.double())}, "table.mix"),
-        ({"table": TABLE._replace(scale=torch.ones(2, 16)[:, ::2])}, "table.scale"),
+        ({"table": TABLE._replace(packed=TABLE.packed[:, :-16])}, "table.packed"),
+        ({"table": TABLE._replace(packed=TABLE.packed.int())}, "table.packed"),
+        ({"table": TABLE._replace(packed=UNALIGNED)}, "16 bytes"),
     ],
 )
 def test_wrong_arguments_are_refused(changed, message):
