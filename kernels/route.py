@@ -67,10 +67,7 @@ class RoutingKernel:
             *(layer, rule.top_k),
         )
         self._constants = _constants(rule, width, num_experts, model_rows, skip_unused)
-        self._orders = {
-            dtype: SumOrder.of(num_experts, dtype)._asdict()
-            for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        }
+        self._compiled: dict[tuple, tuple] = {}
 
     def __call__(
         self,
@@ -97,17 +94,39 @@ class RoutingKernel:
         ids = torch.empty(shape, dtype=torch.int32, device=device)
         if num_tokens == 0:
             return Routing(weights, ids)
-        route_row[(num_tokens,)](
+        args = (
             *(weights, ids, router_logits, *router_logits.stride(), slots, positions),
             slots if padding is None else padding,
             *((weights, ids) if given is None else given),
             *self._fixed,
-            HAS_PADDING=padding is not None,
-            EXACT=router_logits.is_cuda,
-            **self._orders[router_logits.dtype],
-            **self._constants,
         )
+        self._launch((num_tokens, 1, 1), router_logits, padding is not None, args)
         return Routing(weights, ids)
+
+    def _launch(
+        self, grid: tuple, logits: torch.Tensor, has_padding: bool, args: tuple
+    ) -> None:
+        """Launch by the compiled kernel itself, which takes half of Triton's time.
+
+        What Triton compiles for is in the key, or the same in every call.
+        """
+        key = logits.dtype, logits.stride(), logits.data_ptr() % 16, has_padding
+        if key in self._compiled:
+            compiled, constants = self._compiled[key]
+            compiled[grid](*args, *constants)
+            return
+        constants = {
+            **self._constants,
+            **SumOrder.of(self.table.bias.shape[1], logits.dtype)._asdict(),
+            "HAS_PADDING": has_padding,
+            "EXACT": logits.is_cuda,
+        }
+        compiled = route_row[grid](*args, **constants)
+        if compiled is not None:  # it is where kernels are interpreted
+            ordered = tuple(
+                constants[name] for name in route_row.arg_names[len(args) :]
+            )
+            self._compiled[key] = compiled, ordered
 
 
 def has_stock_rows(rule: RoutingRule) -> bool:
