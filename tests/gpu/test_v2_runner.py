@@ -5,8 +5,6 @@ Needs vLLM 0.32.x and one CUDA device. Run `python -m pytest tests/gpu` as it is
 with VLLM_BATCH_INVARIANT=1, about ten minutes each.
 """
 
-import logging
-import os
 import random
 
 import pytest
@@ -19,7 +17,6 @@ from tests.requests import random_prompt, random_request
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device"
 )
-log = logging.getLogger(__name__)
 GRAPHS = {
     "enforce_eager": False,
     "gpu_memory_utilization": 0.2,
@@ -69,66 +66,6 @@ def test_prefix_cache(tiny_models):
             )
             found.append(output.num_cached_tokens)
     assert found == [0, 0, 0, 128, 128, 128]
-
-
-batch_invariant = pytest.mark.skipif(
-    os.environ.get("VLLM_BATCH_INVARIANT") != "1",
-    reason="rows are comparable across batches in vLLM's batch-invariant mode only",
-)
-
-
-@batch_invariant
-@pytest.mark.parametrize("planned", [False, True], ids=["control", "plans"])
-@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
-def test_crowd_equals_solo(tiny_models, name, planned):
-    """The control, without plans, tells what vLLM itself keeps equal."""
-    crowd_against_solo(tiny_models(name), 12 if name == "olmoe" else 6, planned, 200)
-
-
-@batch_invariant
-def test_two_thousand_requests(tiny_models):
-    crowd_against_solo(tiny_models("olmoe"), 12, True, 2000)
-
-
-def crowd_against_solo(model, k_max, planned, count):
-    """Preemption, aborts, chunks and prefix hits; then each request on its own."""
-    from tests.plugin.test_isolation import draw_jobs, drive, equals_solo
-
-    rng = random.Random(11)
-    wide = {"additional_config": {"moe_tta": {"k_max": k_max}}}
-    crowded = {
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
-        "max_model_len": 256,
-        "num_gpu_blocks_override": 40,
-    }
-    with engine(model, **GRAPHS, **wide, **crowded) as crowd:
-        shape = crowd.llm_engine.input_processor.moe_tta.shape
-        jobs = draw_jobs(rng, shape, count)
-        if not planned:
-            jobs = [
-                job._replace(request=None, params=sampling(24, None)) for job in jobs
-            ]
-        results, aborted = drive(crowd, jobs, rng)
-        preempted = next(
-            m.value for m in crowd.get_metrics() if m.name == "vllm:num_preemptions"
-        )
-        left = status(crowd)
-    assert len(results) + len(aborted) == len(jobs)
-    assert preempted > 0
-    alone_options = {**GRAPHS, **wide, "enable_prefix_caching": False}
-    with engine(model, **alone_options) as alone:
-        differing = [
-            (index, jobs[index].request)
-            for index, result in results.items()
-            if not equals_solo(alone, jobs[index], result)
-        ]
-    log.info(
-        "%d compared, %d aborted, %d preemptions",
-        *map(int, (len(results), len(aborted), preempted)),
-    )
-    assert differing == []
-    assert left["slots_in_use"] <= 3 * crowded["max_num_seqs"]
 
 
 def test_requests_leave_nothing(tiny_models):
