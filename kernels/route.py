@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The law of routing (see `reference.py`) as one Triton kernel, one program per row."""
+"""The law of routing (see `reference.py`) as one Triton kernel, launched."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import triton
 from moe_tta.kernels.reference import Routing
 from moe_tta.kernels.route_checks import check_rows, check_rule, check_table
 from moe_tta.kernels.route_model import SumOrder
-from moe_tta.kernels.route_row import ModelRows, route_row
+from moe_tta.kernels.route_row import ModelRows, route_rows
 from moe_tta.kernels.scores import RoutingRule
 from moe_tta.kernels.table import LayerTable
+
+MANY_ROWS = 4096  # from here on a program takes several rows
 
 
 class RoutingKernel:
@@ -64,9 +66,13 @@ class RoutingKernel:
         packed, bias = table.packed, rule.correction_bias
         self._fixed = (
             *(packed, packed.stride(0), packed if bias is None else bias),
-            *(layer, rule.top_k),
+            layer,
         )
         self._constants = _constants(rule, width, num_experts, model_rows, skip_unused)
+        # many rows keep all lanes busy four to eight experts each; a few rows are
+        # sooner done each by its own warp
+        block = triton.next_power_of_2(num_experts)
+        self._tile = max(1, 256 // block) if model_rows is ModelRows.STOCK else 1
         self._compiled: dict[tuple, tuple] = {}
 
     def __call__(
@@ -99,18 +105,20 @@ class RoutingKernel:
             slots if padding is None else padding,
             *((weights, ids) if given is None else given),
             *self._fixed,
+            num_tokens,
+            self.rule.top_k,
         )
-        self._launch((num_tokens, 1, 1), router_logits, padding is not None, args)
+        self._launch(router_logits, padding is not None, args)
         return Routing(weights, ids)
 
-    def _launch(
-        self, grid: tuple, logits: torch.Tensor, has_padding: bool, args: tuple
-    ) -> None:
+    def _launch(self, logits: torch.Tensor, has_padding: bool, args: tuple) -> None:
         """Launch by the compiled kernel itself, which takes half of Triton's time.
 
         What Triton compiles for is in the key, or the same in every call.
         """
-        key = logits.dtype, logits.stride(), logits.data_ptr() % 16, has_padding
+        rows = self._tile if logits.shape[0] >= MANY_ROWS else 1
+        grid = -(-logits.shape[0] // rows), 1, 1
+        key = rows, logits.dtype, logits.stride(), logits.data_ptr() % 16, has_padding
         if key in self._compiled:
             compiled, constants = self._compiled[key]
             compiled[grid](*args, *constants)
@@ -118,13 +126,14 @@ class RoutingKernel:
         constants = {
             **self._constants,
             **SumOrder.of(self.table.bias.shape[1], logits.dtype)._asdict(),
+            "ROWS": rows,
             "HAS_PADDING": has_padding,
             "EXACT": logits.is_cuda,
         }
-        compiled = route_row[grid](*args, **constants)
+        compiled = route_rows[grid](*args, **constants)
         if compiled is not None:  # it is where kernels are interpreted
             ordered = tuple(
-                constants[name] for name in route_row.arg_names[len(args) :]
+                constants[name] for name in route_rows.arg_names[len(args) :]
             )
             self._compiled[key] = compiled, ordered
 

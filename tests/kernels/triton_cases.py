@@ -227,6 +227,26 @@ def test_stock_sum_visits_every_expert_once(num_experts, dtype):
     assert torch.equal(result.topk_weights, share.expand(2, 2))
 
 
+@pytest.mark.parametrize("num_experts", [8, 60, 64, 128])
+@pytest.mark.parametrize("skip", [False, True])
+def test_rows_taken_together_are_rows_alone(monkeypatch, num_experts, skip):
+    """Tiles of the model's rows, tiles with a plan or padding in them, a short tile."""
+    shape = make_shape(num_experts=num_experts, top_k=3, k_max=5)
+    table = make_table(shape, make_plan(bias=np.arange(num_experts))).layer(0)
+    rng = np.random.default_rng(num_experts)
+    num_rows = 5 * (256 // num_experts) // 2 + 1
+    logits = torch.from_numpy(grid(rng, (num_rows, num_experts + 2), 4))
+    slots = torch.zeros(num_rows, dtype=torch.int32)
+    padding = torch.zeros(num_rows, dtype=torch.bool)
+    slots[num_rows // 2], padding[-1] = 1, True
+    args = logits, slots, table, RoutingRule.from_shape(shape), 5
+    alone = launch(*args, padding=padding, skip_unused=skip)
+    monkeypatch.setattr("moe_tta.kernels.route.MANY_ROWS", 1)
+    together = launch(*args, padding=padding, skip_unused=skip)
+    assert torch.equal(together.topk_ids, alone.topk_ids)
+    assert torch.equal(together.topk_weights, alone.topk_weights)
+
+
 def test_unused_columns_can_be_skipped():
     shape = make_shape(num_experts=8, top_k=3, k_max=4)
     plan = make_plan(select=Select.TOP_K, k_min=1, k_max=1)
