@@ -38,7 +38,9 @@ def gates(model: torch.nn.Module, num_experts: int) -> list[torch.nn.Module]:
         and module.weight.shape[0] == num_experts
     ]
     if not found:
-        raise ValueError(f"{type(model).__name__} has no modules named 'gate' or 'router'")
+        raise ValueError(
+            f"{type(model).__name__} has no modules named 'gate' or 'router'"
+        )
     return found
 
 

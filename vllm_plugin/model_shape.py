@@ -8,6 +8,7 @@ request checked against one shape must never run on another.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from moe_tta.shape import RouterShape
@@ -60,22 +61,23 @@ def shape_from_config(config: Any, k_max: int | None = None) -> RouterShape | No
         raise UnsupportedModelError.because(
             f"the model's config leaves {', '.join(unset)} unset"
         )
-    top_k = config.num_experts_per_tok
-    return RouterShape(
+    shape = RouterShape(
         layers=layers,
         num_hidden_layers=config.num_hidden_layers,
         num_experts=num_experts,
-        top_k=top_k,
-        k_max=_width(k_max, top_k, num_experts),
+        top_k=config.num_experts_per_tok,
+        k_max=config.num_experts_per_tok,
         **fields,
     )
+    return shape if k_max is None else _widened(shape, k_max)
 
 
-def _width(k_max: int | None, top_k: int, num_experts: int) -> int:
-    width = top_k if k_max is None else k_max
-    if not top_k <= width <= num_experts:
+def _widened(shape: RouterShape, k_max: int) -> RouterShape:
+    """Return the shape for an engine with this width, or refuse the width."""
+    reach = shape.num_experts * shape.topk_group // shape.num_expert_group
+    if not shape.top_k <= k_max <= reach:
         raise UnsupportedModelError(
-            f"moe_tta.k_max must lie in {top_k}..{num_experts} (the model's own top_k "
-            f"and number of experts), got {width}"
+            f"moe_tta.k_max must lie in {shape.top_k}..{reach} (the model's own top_k "
+            f"and the experts that a token can be given), got {k_max}"
         )
-    return width
+    return replace(shape, k_max=k_max)
