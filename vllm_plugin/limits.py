@@ -26,12 +26,17 @@ def _reasons(vllm_config: Any, runners: Sequence[Any]):
         ("data_parallel_size", "data parallelism"),
         ("prefill_context_parallel_size", "prefill context parallelism"),
         ("decode_context_parallel_size", "decode context parallelism"),
-        ("tensor_parallel_size", "tensor parallelism"),
     ):
         if getattr(parallel, name) > 1:
             yield f"{what} has not been shown to route rows rightly"
-    if parallel.enable_expert_parallel:
-        yield "expert parallelism has not been shown to route rows rightly"
+    if parallel.tensor_parallel_size > 1 and vllm_config.device_config.device_type == (
+        "cpu"
+    ):
+        yield "tensor parallelism on CPU has not been shown to route rows rightly"
+    if parallel.enable_eplb:
+        yield "expert load balancing has not been shown to route rows rightly"
+    if parallel.use_sequence_parallel_moe:
+        yield "sequence-parallel MoE gives each GPU other rows than the step's"
     if parallel.use_ubatching:
         yield "micro-batching splits the rows of a step"
     if vllm_config.speculative_config is not None:
@@ -43,5 +48,5 @@ def _reasons(vllm_config: Any, runners: Sequence[Any]):
     if any(runner.is_monolithic for runner in runners):
         yield (
             "the experts' kernel selects experts itself (monolithic); start vLLM with "
-            "--moe-backend triton"
+            "--moe-backend triton, or marlin for mxfp4 weights"
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from moe_tta.kernels.reference import RoutingRule
-from moe_tta.kernels.table import PlanTable
+from moe_tta.kernels.table import LayerTable, PlanTable
 from moe_tta.shape import RouterShape
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.limits import refuse_unsupported
@@ -25,6 +25,9 @@ from moe_tta.vllm_plugin.router_shape import correction_bias, shape_from_routers
 from moe_tta.vllm_plugin.rows import PlannedRequest, StepRows
 from moe_tta.vllm_plugin.slots import PLANS_PER_REQUEST, SlotTable
 from moe_tta.vllm_plugin.trace import TraceRecorder
+
+if TYPE_CHECKING:
+    from moe_tta.vllm_plugin.gpu_router import GpuLayerRouting
 
 logger = compat.get_logger(__name__)
 
@@ -41,7 +44,7 @@ class WorkerState:
         self.device = device
         self.requests: dict[str, PlannedRequest] = {}
         self.rows: StepRows | None = None
-        self.armed: list[LayerRouting] = []
+        self.armed: list[LayerRouting | GpuLayerRouting] = []
         self.trace: TraceRecorder | None = None
 
     def arm(self, runners: Sequence[Any]) -> None:
@@ -90,19 +93,11 @@ class WorkerState:
         self.rows = StepRows(max_tokens, self.device, SlotTable(table, num_slots))
         for index, runner in enumerate(runners):
             rule = RoutingRule.from_shape(shape, correction_bias(runner.router))
-            routing = LayerRouting(
-                runner.layer_id, rule, table.layer(index), self.rows, shape.k_max
-            )
-            arm_router(runner, routing)
-            self.armed.append(routing)
-        if self.device.type != "cpu":
-            logger.warning(
-                "moe-tta routes by the plain torch law on this device, in every layer "
-                "of every step: steps are slower than stock vLLM's (docs/limits.md)"
-            )
+            layer = table.layer(index)
+            self.armed.append(self._arm_layer(runner, rule, layer, shape.k_max))
         logger.info(
-            "moe-tta armed %d/%d layers: %d experts, top-%d (k_max %d), %s%s, modular "
-            "experts, %d plan slots (%.1f MiB)",
+            "moe-tta armed %d/%d layers: %d experts, top-%d (k_max %d), %s%s, %s, "
+            "%d plan slots (%.1f MiB)",
             len(self.armed),
             len(shape.layers),
             shape.num_experts,
@@ -110,9 +105,29 @@ class WorkerState:
             shape.k_max,
             shape.scoring,
             ", renormalised" if shape.renormalize else "",
+            self._describe_kernel(),
             num_slots,
             table.nbytes / 2**20,
         )
+
+    def _arm_layer(
+        self, runner: Any, rule: RoutingRule, table: LayerTable, width: int
+    ) -> LayerRouting | GpuLayerRouting:
+        if self.rows.on_cpu:
+            routing = LayerRouting(runner.layer_id, rule, table, self.rows, width)
+            arm_router(runner, routing)
+            return routing
+        from moe_tta.vllm_plugin.gpu_router import GpuLayerRouting
+
+        return GpuLayerRouting(runner, rule, table, self.rows, width)
+
+    def _describe_kernel(self) -> str:
+        if self.rows.on_cpu:
+            return "plans in plain torch"
+        first = self.armed[0]
+        how = "instead of" if first.follows_stock else "after"
+        unused = "skipped" if first.skips_unused else "computed with weight 0"
+        return f"one kernel {how} vLLM's selection, unused experts {unused}"
 
     def requests_changed(self, finished: Iterable[str], new: Iterable[Any]) -> None:
         """Forget finished requests, remember new ones that carry a plan."""
@@ -141,6 +156,7 @@ class WorkerState:
         pinned = self.rows.slot_table.pinned if self.rows else {}
         return {
             "armed_layers": [routing.layer for routing in self.armed],
+            "skips_unused": all(routing.skips_unused for routing in self.armed),
             "requests_with_plan": len(self.requests),
             "slots_in_use": len(pinned),
         }

@@ -5,7 +5,6 @@ Needs vLLM 0.32.x and one CUDA device. Run `python -m pytest tests/gpu` as it is
 with VLLM_BATCH_INVARIANT=1, about ten minutes each.
 """
 
-import os
 import random
 
 import pytest
@@ -67,49 +66,6 @@ def test_prefix_cache(tiny_models):
             )
             found.append(output.num_cached_tokens)
     assert found == [0, 0, 0, 128, 128, 128]
-
-
-@pytest.mark.skipif(
-    os.environ.get("VLLM_BATCH_INVARIANT") != "1",
-    reason="rows are comparable across batches in vLLM's batch-invariant mode only",
-)
-@pytest.mark.parametrize("planned", [False, True], ids=["control", "plans"])
-@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
-def test_crowd_equals_solo(tiny_models, name, planned):
-    """The control, without plans, tells what vLLM itself keeps equal."""
-    from tests.plugin.test_isolation import draw_jobs, drive, equals_solo
-
-    rng = random.Random(11)
-    k_max = {
-        "additional_config": {"moe_tta": {"k_max": 6 if name == "mixtral" else 12}}
-    }
-    crowded = {
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
-        "max_model_len": 256,
-        "num_gpu_blocks_override": 40,
-    }
-    with engine(tiny_models(name), **GRAPHS, **k_max, **crowded) as crowd:
-        shape = crowd.llm_engine.input_processor.moe_tta.shape
-        jobs = draw_jobs(rng, shape)
-        if not planned:
-            jobs = [
-                job._replace(request=None, params=sampling(24, None)) for job in jobs
-            ]
-        results, aborted = drive(crowd, jobs, rng)
-        preempted = next(
-            m.value for m in crowd.get_metrics() if m.name == "vllm:num_preemptions"
-        )
-    assert len(results) + len(aborted) == len(jobs)
-    assert preempted > 0
-    alone_options = {**GRAPHS, **k_max, "enable_prefix_caching": False}
-    with engine(tiny_models(name), **alone_options) as alone:
-        differing = [
-            (index, jobs[index].request)
-            for index, result in results.items()
-            if not equals_solo(alone, jobs[index], result)
-        ]
-    assert differing == []
 
 
 def test_requests_leave_nothing(tiny_models):
