@@ -8,8 +8,6 @@ from typing import Any
 
 from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
 
-WAY_OUT = "Set MOE_TTA_DISABLE=1 to run this set-up without moe-tta"
-
 
 def refuse_unsupported(vllm_config: Any, runners: Sequence[Any]) -> None:
     """Refuse what would run plans wrongly or not at all.
@@ -18,7 +16,7 @@ def refuse_unsupported(vllm_config: Any, runners: Sequence[Any]) -> None:
         UnsupportedModelError: the first reason found.
     """
     for reason in _reasons(vllm_config, runners):
-        raise UnsupportedModelError(f"moe-tta refuses to start: {reason}. {WAY_OUT}")
+        raise UnsupportedModelError.because(reason)
 
 
 def _reasons(vllm_config: Any, runners: Sequence[Any]):
@@ -50,5 +48,5 @@ def _reasons(vllm_config: Any, runners: Sequence[Any]):
     if any(runner.is_monolithic for runner in runners):
         yield (
             "the experts' kernel selects experts itself (monolithic); start vLLM with "
-            "--moe-backend triton"
+            "--moe-backend triton, or marlin for mxfp4 weights"
         )

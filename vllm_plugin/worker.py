@@ -18,10 +18,10 @@ from moe_tta.vllm_plugin.limits import refuse_unsupported
 from moe_tta.vllm_plugin.model_shape import (
     UnsupportedModelError,
     shape_from_config,
-    shape_from_routers,
 )
 from moe_tta.vllm_plugin.options import read_settings
 from moe_tta.vllm_plugin.router import LayerRouting, arm_router
+from moe_tta.vllm_plugin.router_shape import correction_bias, shape_from_routers
 from moe_tta.vllm_plugin.rows import PlannedRequest, StepRows
 from moe_tta.vllm_plugin.slots import PLANS_PER_REQUEST, SlotTable
 from moe_tta.vllm_plugin.trace import TraceRecorder
@@ -58,12 +58,18 @@ class WorkerState:
         config = shape_from_config(
             self.vllm_config.model_config.hf_text_config, settings.k_max
         )
-        if config is None:
+        if config is None and not runners:
             return
+        if config is None or not runners:
+            named = 0 if config is None else len(config.layers)
+            raise UnsupportedModelError.because(
+                f"the model's config names {named} MoE layers where moe-tta looks for "
+                f"them, vLLM loaded {len(runners)}"
+            )
         refuse_unsupported(self.vllm_config, runners)
         shape = shape_from_routers(runners, config)
         if shape != config:
-            raise UnsupportedModelError(
+            raise UnsupportedModelError.because(
                 "the loaded routers differ from the model's config: "
                 + shape.difference(config)
             )
@@ -85,8 +91,8 @@ class WorkerState:
         captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         max_tokens = max(scheduler.max_num_batched_tokens, captured)
         self.rows = StepRows(max_tokens, self.device, SlotTable(table, num_slots))
-        rule = RoutingRule.from_shape(shape)
         for index, runner in enumerate(runners):
+            rule = RoutingRule.from_shape(shape, correction_bias(runner.router))
             layer = table.layer(index)
             self.armed.append(self._arm_layer(runner, rule, layer, shape.k_max))
         logger.info(

@@ -69,8 +69,8 @@ def test_other_vllm_versions_fail_closed():
 
 
 def test_unknown_family_is_refused():
-    config = AutoConfig.for_model("granitemoe", num_local_experts=8)
-    with pytest.raises(UnsupportedModelError, match=r"granitemoe.*supported: mixtral"):
+    config = AutoConfig.for_model("jamba", num_experts=8)
+    with pytest.raises(UnsupportedModelError, match=r"jamba.*known: deepseek_v2"):
         shape_from_config(config)
 
 
