@@ -68,6 +68,7 @@ def test_refused_set_ups_are_documented():
 
     config = SimpleNamespace(
         parallel_config=Everything(),
+        device_config=SimpleNamespace(device_type="cpu"),
         speculative_config=1,
         lora_config=1,
         kv_transfer_config=1,

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from tests.plugin.engine import engine, generate, sampling, status
-from tests.plugin.stock import run_stock
+from tests.plugin.stock import run_stocks
 from tests.requests import random_prompt, random_request
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device"
 )
+MODELS = ["mixtral", "olmoe", "qwen3_moe"]
 GRAPHS = {
     "enforce_eager": False,
     "gpu_memory_utilization": 0.2,
@@ -34,21 +35,27 @@ def prompts(count, seed=7):
     ]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe"])
-def test_neutral_is_stock(tiny_models, tmp_path, name):
-    model, asked = tiny_models(name), prompts(12)
-    want = run_stock(model, asked, {"tokens": 24}, tmp_path, engine=GRAPHS)
-    with engine(model, **GRAPHS) as llm:
+@pytest.fixture(scope="module")
+def stock(tiny_models, tmp_path_factory):
+    """What stock vLLM generates, by model: one process for all."""
+    folder, models = tmp_path_factory.mktemp("stock"), list(map(tiny_models, MODELS))
+    found = run_stocks(models, prompts(12), {"tokens": 24}, folder, engine=GRAPHS)
+    return dict(zip(MODELS, found, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_neutral_is_stock(tiny_models, stock, name):
+    with engine(tiny_models(name), **GRAPHS) as llm:
         assert status(llm)["armed_layers"] == [0, 1, 2, 3]
         config = llm.llm_engine.vllm_config
         assert config.use_v2_model_runner
-        plain = generate(llm, asked, [sampling(24)] * 12)
-        empty = generate(llm, asked, [sampling(24, {})] * 12)
-    assert plain == want
-    assert empty == want
+        plain = generate(llm, prompts(12), [sampling(24)] * 12)
+        empty = generate(llm, prompts(12), [sampling(24, {})] * 12)
+    assert plain == stock[name]
+    assert empty == stock[name]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("name", MODELS)
 def test_replica(tiny_models, name):
     from tests.plugin.test_replica import check
 
