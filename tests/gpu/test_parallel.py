@@ -25,8 +25,13 @@ log = logging.getLogger(__name__)
 OPTIONS = {
     "enforce_eager": False,
     "dtype": "float32",
-    "gpu_memory_utilization": 0.2,
-    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]},
+    "gpu_memory_utilization": 0.04,
+    "disable_custom_all_reduce": True,
+    "compilation_config": {  # full graphs, without the time of compiling
+        "mode": 0,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+    },
 }
 
 

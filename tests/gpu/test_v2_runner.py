@@ -5,18 +5,20 @@ Needs vLLM 0.32.x and one CUDA device. Run `python -m pytest tests/gpu` as it is
 with VLLM_BATCH_INVARIANT=1, about ten minutes each.
 """
 
+import logging
 import random
 
 import pytest
 import torch
 
 from tests.plugin.engine import engine, generate, sampling, status
-from tests.plugin.stock import run_stocks
+from tests.plugin.stock import run_stock, run_stocks
 from tests.requests import random_prompt, random_request
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device"
 )
+log = logging.getLogger(__name__)
 MODELS = ["mixtral", "olmoe", "qwen3_moe"]
 GRAPHS = {
     "enforce_eager": False,
@@ -61,6 +63,18 @@ def test_replica(tiny_models, name):
 
     wide = {"moe_tta": {"k_max": 6 if name != "olmoe" else 12}}
     check(tiny_models(name), torch.bfloat16, wide, vocab=256, options=GRAPHS)
+
+
+def test_fp8_experts(tiny_models, tmp_path):
+    """Quantised when loading: neutral is stock, and a plan changes the text."""
+    fp8 = {**GRAPHS, "quantization": "fp8"}
+    model, asked = tiny_models("mixtral"), prompts(12)
+    want = run_stock(model, asked, {"tokens": 24}, tmp_path, engine=fp8)
+    with engine(model, **fp8) as llm:
+        log.info("fp8 experts skip unused columns: %s", status(llm)["skips_unused"])
+        assert generate(llm, asked, [sampling(24)] * 12) == want
+        half = generate(llm, asked, [sampling(24, {"dynamic_k": {"k": 1}})] * 12)
+    assert all(ours[0] != theirs[0] for ours, theirs in zip(half, want, strict=True))
 
 
 def test_prefix_cache(tiny_models):
