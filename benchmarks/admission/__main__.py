@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
-from itertools import repeat
+from itertools import count, repeat
 from pathlib import Path
 from time import perf_counter_ns
 from types import SimpleNamespace
@@ -65,22 +65,25 @@ def copy_params(processor: Any, request_id: str, prompt: Any, params: Any) -> An
 
 def bodies(shape: Any, members: tuple[str, ...]) -> Iterator[dict[str, Any] | None]:
     """Yield requests with these members, each with other numbers."""
-    serial = 0
-    while True:
+    given_before = set()
+    for serial in count():
         given = edited(shape, str(serial))
         kept = {
             name: {key: value for key, value in params.items() if key in members}
             for name, params in given.items()
         }
-        yield {name: params for name, params in kept.items() if params} or None
-        serial += 1
+        body = {name: params for name, params in kept.items() if params} or None
+        text = json.dumps(body)
+        if body is None or text not in given_before:
+            given_before.add(text)
+            yield body
 
 
-def time_us(processor: Any, values: Iterator[Any], count: int) -> dict[str, float]:
+def time_us(processor: Any, values: Iterator[Any], samples: int) -> dict[str, float]:
     """Return the least and the median time of admitting a request."""
     seam = admit(copy_params)
     times = []
-    for _ in range(count):
+    for _ in range(samples):
         value = next(values)
         extra_args = None if value is None else {PARAMETER: value}
         params = SamplingParams(max_tokens=1, extra_args=extra_args)
@@ -93,7 +96,7 @@ def time_us(processor: Any, values: Iterator[Any], count: int) -> dict[str, floa
     }
 
 
-def measure(count: int) -> list[dict[str, Any]]:
+def measure(samples: int) -> list[dict[str, Any]]:
     """Time every shape, request, form and age."""
     rows = []
     for shape, sizes in SHAPES.items():
@@ -106,7 +109,7 @@ def measure(count: int) -> list[dict[str, Any]]:
                     if age == "seen":
                         values = repeat(next(values))
                     cell = {"shape": shape, "request": request, "form": form}
-                    times = time_us(processor, values, count)
+                    times = time_us(processor, values, samples)
                     rows.append({**cell, "age": age, **times})
     return rows
 
@@ -114,9 +117,9 @@ def measure(count: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--count", type=int, default=2000, help="samples of a cell")
+    parser.add_argument("--samples", type=int, default=2000, help="of each cell")
     args = parser.parse_args()
-    rows = measure(args.count)
+    rows = measure(args.samples)
     for row in rows:
         print("{shape:7} {request:18} {form:7} {age:5}".format(**row), end="")
         print("{min_us:8.1f} us least {median_us:8.1f} us median".format(**row))
