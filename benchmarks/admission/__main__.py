@@ -8,6 +8,7 @@ A sample is one call of the plugin's seam around a stand-in for vLLM's
 carries: it copies the sampling parameters deeply. A new request differs from all
 before it in its numbers; a seen one is equal to the one before. Requests come as JSON
 text, as from HTTP, and as an object, as offline.
+On a machine with other work, read the least time, not the median.
 """
 
 from __future__ import annotations
