@@ -64,22 +64,42 @@ def parse(value: Any, *, presets: Mapping[str, RequestSpec]) -> RequestSpec:
     Raises:
         RequestError: anything else; no other exception leaves this function.
     """
-    if isinstance(value, str):
-        if not value.lstrip().startswith("{"):
-            return _preset(value, presets)
-        if len(value) > MAX_JSON_CHARS:
-            raise RequestError(
-                f"expected at most {MAX_JSON_CHARS} characters, got {len(value)}",
-                PARAMETER,
-            )
-        return _from_tree(_load(value))
+    return parse_text(as_text(value), presets=presets)
+
+
+def as_text(value: Any) -> str:
+    """Write what a request carries under `moe_tta` as HTTP would carry it.
+
+    Equal texts mean equal requests.
+
+    Raises:
+        RequestError: it has no such form, or is too long.
+    """
     if isinstance(value, Mapping):
-        return _from_tree(as_json(value))
-    raise RequestError(
-        f"expected an object or the name of a preset, got {show(value)}",
-        PARAMETER,
-        value,
-    )
+        return _dump(value)
+    if not isinstance(value, str):
+        raise RequestError(
+            f"expected an object or the name of a preset, got {show(value)}",
+            PARAMETER,
+            value,
+        )
+    if len(value) > MAX_JSON_CHARS and not _is_name(value):
+        raise RequestError(
+            f"expected at most {MAX_JSON_CHARS} characters, got {len(value)}",
+            PARAMETER,
+        )
+    return value
+
+
+def parse_text(text: str, *, presets: Mapping[str, RequestSpec]) -> RequestSpec:
+    """Read what `as_text` wrote.
+
+    Raises:
+        RequestError: it is neither a request object nor the name of a preset.
+    """
+    if _is_name(text):
+        return _preset(text, presets)
+    return _from_tree(_load(text))
 
 
 def check_inline(spec: RequestSpec, allow_inline: bool) -> None:
@@ -100,6 +120,10 @@ def check_inline(spec: RequestSpec, allow_inline: bool) -> None:
                 "the operator, who can also set allow_inline in --additional-config",
                 f"{PARAMETER}.{name}.{member}",
             )
+
+
+def _is_name(text: str) -> bool:
+    return not text.lstrip().startswith("{")
 
 
 def _preset(name: str, presets: Mapping[str, RequestSpec]) -> RequestSpec:
@@ -156,8 +180,12 @@ def as_json(value: Mapping[Any, Any]) -> dict[str, Any]:
     Raises:
         RequestError: something in it has no JSON form.
     """
+    return _load(_dump(value))
+
+
+def _dump(value: Mapping[Any, Any]) -> str:
     try:
-        return _load(json.dumps(dict(value), default=_plain))
+        return json.dumps(dict(value), default=_plain)
     except RecursionError:
         reason = "it is nested too deeply"
     except (TypeError, ValueError) as err:

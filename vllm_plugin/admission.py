@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,11 +11,12 @@ from moe_tta.artefact import Artefact, load_artefact
 from moe_tta.compile import CompiledRequest, check_client_salt, compile_request
 from moe_tta.errors import RequestError
 from moe_tta.settings import ROOT, SettingsError
-from moe_tta.spec import PARAMETER, check_inline, parse
+from moe_tta.spec import PARAMETER, as_text, check_inline, parse, parse_text
 from moe_tta.strategies import PlanContext
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.model_shape import shape_from_config
 from moe_tta.vllm_plugin.options import read_settings
+from moe_tta.vllm_plugin.plan_cache import PlanCache
 
 
 class Admission:
@@ -23,11 +25,16 @@ class Admission:
     Built once per API process, from the operator's settings and the model's config;
     bad settings and artefacts that do not fit the model stop the engine here.
     `offline` lifts the ban on inline expert edits, which protects servers.
+
+    A body seen before is not compiled again. That is safe because settings, presets,
+    artefacts and shape never change in the life of a process, and `offline` is only
+    ever set, so that what was allowed stays allowed.
     """
 
     def __init__(self, vllm_config: Any):
         self.settings = read_settings(vllm_config)
         self.offline = False
+        self.cache = PlanCache()
         config = vllm_config.model_config.hf_text_config
         self.shape = shape_from_config(config, self.settings.k_max)
         self.context = None
@@ -111,9 +118,28 @@ class Admission:
                 PARAMETER,
                 value,
             )
-        spec = parse(value, presets=self.settings.presets)
-        check_inline(spec, self.offline or self.settings.allow_inline)
-        return compile_request(spec, self.context)
+        text = as_text(value)
+        compiled = self.cache.get(text)
+        if compiled is None:
+            spec = parse_text(text, presets=self.settings.presets)
+            check_inline(spec, self.offline or self.settings.allow_inline)
+            compiled = compile_request(spec, self.context)
+            self.cache.put(text, compiled)
+        return compiled
+
+    def without_object(self, params: Any) -> Any:
+        """Return `params` without the client's `moe_tta` object, not changed.
+
+        vLLM copies parameters deeply; over an object's lists that takes longer than
+        to compile it.
+        """
+        extra_args = getattr(params, "extra_args", None) or {}
+        if PARAMETER not in extra_args:
+            return params
+        params = copy.copy(params)
+        rest = {k: v for k, v in extra_args.items() if k != PARAMETER}
+        params.extra_args = rest or None
+        return params
 
     def attach(self, request: Any, compiled: CompiledRequest | None) -> None:
         """Put the compiled plans on an engine request, and its cache salt.
@@ -127,17 +153,15 @@ class Admission:
         except RequestError as err:
             raise compat.request_error(err) from None
         params = request.sampling_params
-        if params is None or not (compiled or params.extra_args):
+        if params is None or compiled is None or compiled.neutral:
             return
         # the caller's dict may be shared between requests: replace, never edit
-        extra_args = {
-            k: v for k, v in (params.extra_args or {}).items() if k != PARAMETER
+        params.extra_args = {
+            **(params.extra_args or {}),
+            PARAMETER: compiled.to_wire(),
         }
-        if compiled is not None and not compiled.neutral:
-            extra_args[PARAMETER] = compiled.to_wire()
-            salt = compiled.salt(_prompt_len(request), own_salt)
-            request.cache_salt = own_salt if salt is None else salt
-        params.extra_args = extra_args or None
+        salt = compiled.salt(_prompt_len(request), own_salt)
+        request.cache_salt = own_salt if salt is None else salt
 
 
 def check_admitted(request: Any) -> None:
