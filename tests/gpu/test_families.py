@@ -24,6 +24,7 @@ NEW = [c for c in CASES if c.name not in ("mixtral", "olmoe", "qwen3_moe")]
 EAGER = {
     "dtype": "bfloat16",
     "gpu_memory_utilization": 0.1,
+    "kv_cache_memory_bytes": 2**28,
     "enable_prefix_caching": False,  # a prompt's rows are counted
 }
 SAMPLING = {"tokens": 8, "logprobs": 5}

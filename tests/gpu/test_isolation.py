@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(
 log = logging.getLogger(__name__)
 GRAPHS = {
     "enforce_eager": False,
-    "gpu_memory_utilization": 0.2,
+    "gpu_memory_utilization": 0.1,
+    "kv_cache_memory_bytes": 2**28,
     "dtype": "float32",
     "max_model_len": 256,
     "compilation_config": {  # full graphs, without the time of compiling

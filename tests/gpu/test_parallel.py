@@ -26,6 +26,7 @@ OPTIONS = {
     "enforce_eager": False,
     "dtype": "float32",
     "gpu_memory_utilization": 0.04,
+    "kv_cache_memory_bytes": 2**28,
     "disable_custom_all_reduce": True,
     "compilation_config": {  # full graphs, without the time of compiling
         "mode": 0,

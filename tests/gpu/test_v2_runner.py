@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 MODELS = ["mixtral", "olmoe", "qwen3_moe"]
 GRAPHS = {
     "enforce_eager": False,
-    "gpu_memory_utilization": 0.2,
+    "gpu_memory_utilization": 0.1,
+    "kv_cache_memory_bytes": 2**28,
     "dtype": "bfloat16",
     "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]},
 }
