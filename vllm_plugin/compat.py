@@ -144,17 +144,21 @@ def is_triton_experts(experts: Any) -> bool:
     return type(experts) is TritonExperts
 
 
-def sum_used_columns() -> None:
+def leave_out_unused_columns() -> None:
     """Make vLLM's Triton experts leave columns of id -1 out of their sum.
 
     The class is changed, not one layer's experts, which vLLM may make anew.
     """
-    from vllm import _custom_ops
     from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    from moe_tta.kernels.used_sum import sum_used_columns
 
     def make(original):
         def moe_sum(self, input, output, topk_ids=None, expert_map=None):
-            _custom_ops.moe_sum(input, output, topk_ids, expert_map)
+            if topk_ids is None or expert_map is not None:
+                original(self, input, output, topk_ids, expert_map)
+            else:
+                sum_used_columns(input, output, topk_ids)
 
         return moe_sum
 

@@ -12,8 +12,8 @@ def let_experts_skip(runner: Any) -> bool:
     """Make the layer's experts skip columns of id -1, where they can.
 
     vLLM's Triton experts launch nothing for such a column, so the column's row of the
-    workspace is never written; the sum over columns must leave it out. Stock vLLM
-    takes the sum that does so under expert parallelism only.
+    workspace is never written; the sum over columns must leave it out, as vLLM's own
+    does under expert parallelism only.
 
     Returns:
         Whether id -1 is skipped and summed rightly. If not, unused columns must
@@ -22,7 +22,7 @@ def let_experts_skip(runner: Any) -> bool:
     experts = runner.routed_experts.quant_method.moe_kernel.fused_experts
     if not compat.is_triton_experts(experts) or _scales_by_all_rows(experts):
         return False
-    compat.sum_used_columns()
+    compat.leave_out_unused_columns()
     return True
 
 

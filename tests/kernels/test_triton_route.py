@@ -16,7 +16,9 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_random.py"])
+@pytest.mark.parametrize(
+    "cases", ["triton_cases.py", "triton_random.py", "triton_sum.py"]
+)
 def test_triton_kernel_equals_the_law(cases):
     env = dict(os.environ, OMP_NUM_THREADS="1")
     env.pop("TRITON_INTERPRET", None)
