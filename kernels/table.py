@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from enum import IntFlag
 from typing import NamedTuple
 
@@ -129,23 +130,29 @@ class PlanTable:
         """Return which optional parts the slot's plan uses, over all layers."""
         return self._features[slot]
 
-    def write(self, slot: int, plan: RoutingPlan) -> None:
-        """Overwrite all of a slot, in stream order and without waiting for the device.
+    def write(self, plans: Mapping[int, RoutingPlan]) -> None:
+        """Overwrite slots, in stream order and without waiting for the device.
 
         Args:
-            slot: 1 to `num_slots`.
-            plan: A plan that `validate` accepted.
+            plans: Plans that `validate` accepted, by slot, 1 to `num_slots`.
 
         Raises:
-            ValueError: the slot is 0 or out of range.
+            ValueError: a slot is 0 or out of range.
         """
-        if not 1 <= slot <= self.num_slots:
-            raise ValueError(f"slot {slot} cannot be written, 1..{self.num_slots} can")
-        source = torch.from_numpy(_pack(plan, self.shape))
+        for slot in plans:
+            if not 1 <= slot <= self.num_slots:
+                raise ValueError(
+                    f"slot {slot} cannot be written, 1..{self.num_slots} can"
+                )
+        if not plans:
+            return
+        packed = np.stack([_pack(plan, self.shape) for plan in plans.values()])
+        source = torch.from_numpy(packed)
         if self._packed.is_cuda:
-            source = source.pin_memory()
-        self._packed[slot].copy_(source, non_blocking=True)
-        self._features[slot] = plan_features(plan)
+            source = source.pin_memory()  # once for all: the first time is slow
+        for row, (slot, plan) in enumerate(plans.items()):
+            self._packed[slot].copy_(source[row], non_blocking=True)
+            self._features[slot] = plan_features(plan)
 
 
 def _view(packed: torch.Tensor, num_experts: int) -> LayerTable:

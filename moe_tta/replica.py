@@ -72,8 +72,8 @@ def routed(
         [T, E], `topk_weights` and `topk_ids` [T, k_max], `stock_ids` [T, top_k].
     """
     table = PlanTable(shape, len(segments), torch.device("cpu"))
-    for slot, plan in enumerate(segments, start=1):
-        table.write(slot, plan or RoutingPlan())
+    plans = [plan or RoutingPlan() for plan in segments]
+    table.write(dict(enumerate(plans, start=1)))
     records: list[dict[str, Any]] = []
     modules = gates(model, shape.num_experts)
     if len(modules) != len(shape.layers):

@@ -36,11 +36,13 @@ class SlotTable:
         for fingerprint in plans:
             if fingerprint in self._cached:
                 self._cached.move_to_end(fingerprint)
+        new = {}
         for fingerprint, data in plans.items():
             if fingerprint not in self._cached:
                 slot = self._free.pop() if self._free else self._evict(plans)
-                self.table.write(slot, RoutingPlan.from_bytes(data))
+                new[slot] = RoutingPlan.from_bytes(data)
                 self._cached[fingerprint] = slot
+        self.table.write(new)
         self.pinned = {fingerprint: self._cached[fingerprint] for fingerprint in plans}
         return self.pinned
 

@@ -99,9 +99,9 @@ def _normal(rng: np.random.Generator, experts: int) -> np.ndarray:
 
 def _table(shape: RouterShape, plans: list[RoutingPlan], num_slots: int) -> LayerTable:
     table = PlanTable(shape, num_slots, "cuda")
-    for slot, plan in enumerate(plans, start=1):
+    for plan in plans:
         plan.validate(shape)
-        table.write(slot, plan)
+    table.write(dict(enumerate(plans, start=1)))
     layer = table.layer(0)
     repeated = torch.arange(num_slots, device="cuda") % len(plans) + 1
     for field in layer:

@@ -56,7 +56,7 @@ def routed(logits, shape, plan, correction_bias=None, positions=None, layer=0):
     """
     plan.validate(shape)
     table = PlanTable(shape, 1, "cpu")
-    table.write(1, plan)
+    table.write({1: plan})
     logits = torch.as_tensor(logits, dtype=torch.float32)
     logits = logits.reshape(-1, logits.shape[-1])
     if positions is None:
@@ -99,8 +99,7 @@ def used(weights, ids):
 def make_table(shape, *plans):
     """Return a table whose slots 1.. hold the plans."""
     table = PlanTable(shape, max(len(plans), 1), "cpu")
-    for slot, plan in enumerate(plans, start=1):
-        table.write(slot, plan)
+    table.write(dict(enumerate(plans, start=1)))
     return table
 
 

@@ -87,8 +87,8 @@ def draw(index, num_plans, device, most_experts=512):
         routed_scaling_factor=factor,
     )
     table = PlanTable(shape, num_plans, device)
-    for slot in range(1, num_plans + 1):
-        table.write(slot, make_any_plan(rng, shape))
+    slots = range(1, num_plans + 1)
+    table.write({slot: make_any_plan(rng, shape) for slot in slots})
     bias = torch.from_numpy(grid(rng, num_experts, 1)).to(device) if biased else None
     rule = RoutingRule.from_shape(shape, bias)
     kernel = RoutingKernel(

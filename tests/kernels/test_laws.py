@@ -195,7 +195,7 @@ def test_compiles_to_one_graph():
     args = (logits, slots, positions, table.layer(0), rule, 4, 0)
     compiled = torch.compile(route, fullgraph=True, backend="eager")
     assert equal(compiled(*args), route(*args))
-    table.write(1, make_plan(allow=np.arange(8) < 4))
+    table.write({1: make_plan(allow=np.arange(8) < 4)})
     assert equal(compiled(*args), route(*args))
 
 

@@ -50,7 +50,7 @@ def test_new_slots_are_neutral():
 
 def test_write_fills_every_field_of_one_slot():
     table = PlanTable(SHAPE, 2, "cpu")
-    table.write(2, make_plan(3, **FULL))
+    table.write({2: make_plan(3, **FULL)})
     for layer in range(3):
         got = slot_values(table, 2, layer)
         assert got.pop("flags") == [1, 2 + 8, 4, 8]
@@ -62,7 +62,7 @@ def test_write_fills_every_field_of_one_slot():
 def test_layers_are_kept_apart():
     table = PlanTable(SHAPE, 1, "cpu")
     bias = np.arange(12, dtype=np.float32).reshape(3, 4)
-    table.write(1, RoutingPlan(bias=bias))
+    table.write({1: RoutingPlan(bias=bias)})
     for layer in range(3):
         assert slot_values(table, 1, layer)["bias"] == bias[layer].tolist()
 
@@ -70,8 +70,8 @@ def test_layers_are_kept_apart():
 def test_rewriting_leaves_nothing_behind_and_moves_nothing():
     table = PlanTable(SHAPE, 1, "cpu")
     addresses = [view.data_ptr() for view in table.layer(2)]
-    table.write(1, make_plan(3, **FULL))
-    table.write(1, RoutingPlan())
+    table.write({1: make_plan(3, **FULL)})
+    table.write({1: RoutingPlan()})
     assert slot_values(table, 1, 2) == neutral_values()
     assert table.features(1) == Features.NONE
     assert [view.data_ptr() for view in table.layer(2)] == addresses
@@ -82,7 +82,7 @@ def test_rewriting_leaves_nothing_behind_and_moves_nothing():
 def test_only_real_slots_can_be_written(slot):
     table = PlanTable(SHAPE, 2, "cpu")
     with pytest.raises(ValueError, match=r"slot -?\d cannot be written, 1\.\.2 can"):
-        table.write(slot, RoutingPlan())
+        table.write({slot: RoutingPlan()})
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_only_real_slots_can_be_written(slot):
 )
 def test_features(names, features):
     table = PlanTable(SHAPE, 1, "cpu")
-    table.write(1, make_plan(3, **{name: FULL[name] for name in names}))
+    table.write({1: make_plan(3, **{name: FULL[name] for name in names})})
     assert table.features(1) == features
 
 
@@ -110,7 +110,7 @@ def test_feature_of_a_single_layer_counts():
     scale = np.ones((3, 4), np.float32)
     scale[2, 3] = 2
     table = PlanTable(SHAPE, 1, "cpu")
-    table.write(1, RoutingPlan(scale=scale))
+    table.write({1: RoutingPlan(scale=scale)})
     assert table.features(1) == Features.WEIGHTS
 
 

@@ -74,7 +74,7 @@ class Oracle:
         assert len(set(map(id, plans))) == 1, "the request must treat all rows alike"
         self.shape = shape
         self.table = PlanTable(shape, 1, "cpu")
-        self.table.write(1, plans[0] or RoutingPlan())
+        self.table.write({1: plans[0] or RoutingPlan()})
         self.rules = {
             layer: RoutingRule.from_shape(shape, saved_bias(folder, layer))
             for layer in shape.layers
