@@ -7,7 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from moe_tta.artefact import Artefact, load_artefact
-from moe_tta.compile import CompiledRequest, check_client_salt, compile_request
+from moe_tta.compile import (
+    CompiledPair,
+    CompiledRequest,
+    check_client_salt,
+    compile_request,
+)
 from moe_tta.errors import RequestError
 from moe_tta.settings import ROOT, SettingsError
 from moe_tta.spec import PARAMETER, check_inline, parse
@@ -15,6 +20,8 @@ from moe_tta.strategies import PlanContext
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.model_shape import shape_from_config
 from moe_tta.vllm_plugin.options import read_settings
+from moe_tta.vllm_plugin.pair_limits import pair_reason
+from moe_tta.vllm_plugin.pairs import PAIR, Ask
 
 
 class Admission:
@@ -26,6 +33,7 @@ class Admission:
     """
 
     def __init__(self, vllm_config: Any):
+        self.vllm_config = vllm_config
         self.settings = read_settings(vllm_config)
         self.offline = False
         config = vllm_config.model_config.hf_text_config
@@ -126,6 +134,8 @@ class Admission:
             check_client_salt(own_salt)
         except RequestError as err:
             raise compat.request_error(err) from None
+        pair = None if compiled is None else compiled.pair
+        ask = None if pair is None else self._ask(request, pair, own_salt)
         params = request.sampling_params
         if params is None or not (compiled or params.extra_args):
             return
@@ -137,7 +147,27 @@ class Admission:
             extra_args[PARAMETER] = compiled.to_wire()
             salt = compiled.salt(_prompt_len(request), own_salt)
             request.cache_salt = own_salt if salt is None else salt
+        if ask is not None:
+            extra_args[PAIR] = ask.to_wire()
         params.extra_args = extra_args or None
+
+    def _ask(self, request: Any, pair: CompiledPair, own_salt: str | None) -> Ask:
+        """Return what the request says about its second stream.
+
+        Raises:
+            VLLMValidationError: a request like this cannot have one.
+        """
+        reason = pair_reason(self.vllm_config, request)
+        if reason is not None:
+            raise compat.request_error(RequestError(reason, PARAMETER))
+        weak = pair.weak
+        salt = weak.salt(_prompt_len(request), own_salt)
+        return Ask(
+            combination=pair.combination,
+            numbers=pair.numbers,
+            extra_args={} if weak.neutral else {PARAMETER: weak.to_wire()},
+            cache_salt=own_salt if salt is None else salt,
+        )
 
 
 def check_admitted(request: Any) -> None:

@@ -134,11 +134,11 @@ REFUSED = {
         "less than or equal to 100",
     ),
     "layers": ({"steer": {"layers": [1]}}, "moe_tta.steer.layers", "[first, last]"),
-    "no rule": ({"dynamic_k": {}}, "moe_tta.dynamic_k", "exactly one of k and p"),
+    "no rule": ({"dynamic_k": {}}, "moe_tta.dynamic_k", "exactly one of k, rank and p"),
     "two rules": (
         {"dynamic_k": {"k": 2, "p": 0.5}},
         "moe_tta.dynamic_k",
-        "exactly one of k and p",
+        "exactly one of k, rank and p",
     ),
     "bounds of k": (
         {"dynamic_k": {"k": 2, "k_max": 3}},
