@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from moe_tta.vllm_plugin.compat import wrap
+from moe_tta.vllm_plugin.cpu_seeds import hide_unused, rewound
 from moe_tta.vllm_plugin.pair_rows import combine, give_followers_tokens
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ def _follow_requests(state: WorkerState) -> Callable[[Callable], Callable]:
 
 def _follow_v1(runner: Any, state: WorkerState) -> None:
     """V1 runner: the batch order is final after `_update_states`."""
+    on_cpu = runner.device.type == "cpu"
 
     def prepare_inputs(original):
         def wrapped(scheduler_output, num_scheduled_tokens):
@@ -94,7 +97,8 @@ def _follow_v1(runner: Any, state: WorkerState) -> None:
         # the grammar's mask is on the lead's logits already, nothing else is
         def wrapped(logits, spec_decode_metadata):
             rows = state.pairs.rows(runner.input_batch.req_ids)
-            output = original(combine(logits, rows), spec_decode_metadata)
+            with rewound(runner) if on_cpu else nullcontext():
+                output = original(combine(logits, rows), spec_decode_metadata)
             give_followers_tokens(output.sampled_token_ids, rows)
             return output
 
@@ -103,6 +107,8 @@ def _follow_v1(runner: Any, state: WorkerState) -> None:
     wrap(runner, "_update_states", _follow_requests(state))
     wrap(runner, "_prepare_inputs", prepare_inputs)
     wrap(runner, "_sample", sample)
+    if on_cpu:
+        wrap(runner, "_bookkeeping_sync", hide_unused(runner))
 
 
 def _follow_v2(runner: Any, state: WorkerState) -> None:
