@@ -95,6 +95,19 @@ class Admission:
                 message = "expected inside vllm_xargs, not beside it"
                 raise compat.request_error(RequestError(message, name))
 
+    def check_beams(self, xargs: Iterable[str]) -> None:
+        """Refuse beam search, which would ignore what the request asks of routing.
+
+        Args:
+            xargs: Names in the body's `vllm_xargs`.
+
+        Raises:
+            VLLMValidationError: one of them is ours.
+        """
+        if PARAMETER in xargs:
+            message = "beam search does not carry it; use n with a temperature"
+            raise compat.request_error(RequestError(message, PARAMETER))
+
     def _check_keys(self, extra_args: dict[str, Any]) -> None:
         for key in extra_args:
             if key != PARAMETER and str(key).replace("-", "_").startswith(PARAMETER):

@@ -4,6 +4,8 @@
 import random
 
 import pytest
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.plugin.engine import engine, generate, outputs, sampling, status
 from tests.plugin.test_isolation import CROWDED, EXACT, Job, counters, drive
@@ -77,9 +79,13 @@ def test_crowd_equals_solo(tiny_models, options):
         prefixes = [[], *([rng.randrange(2, 256) for _ in range(64)] for _ in range(3))]
         jobs = [draw_job(rng, shape, prefixes) for _ in range(NUM_REQUESTS)]
         before = counters(crowd)
+        preempted = count_preempted_followers(crowd)
         results, aborted = drive(crowd, jobs, rng)
         after = counters(crowd)
         check_empty(crowd)
+        wanted = AsyncScheduler if "async_scheduling" in options else Scheduler
+        assert isinstance(scheduler_of(crowd), wanted)
+    assert len(preempted) > 5
     assert len(results) + len(aborted) == NUM_REQUESTS
     assert len(aborted) > 5
     for counted in ("vllm:num_preemptions", "vllm:prefix_cache_hits"):
@@ -90,6 +96,20 @@ def test_crowd_equals_solo(tiny_models, options):
         tiny_models("mixtral"), **EXACT, **wide, enable_prefix_caching=False
     ) as alone:
         assert differing(alone, jobs, results) == []
+
+
+def count_preempted_followers(llm):
+    """Return a list that grows by the id of each follower that is preempted."""
+    scheduler, found = scheduler_of(llm), []
+    preempt = scheduler._preempt_request
+
+    def counted(request, *args, **kwargs):
+        if scheduler.pairs.follows(request.request_id):
+            found.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = counted
+    return found
 
 
 def check_counters(before, after, results):
