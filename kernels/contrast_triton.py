@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contrast of `contrast.py` as one Triton kernel, in place, one program per pair."""
+"""The contrast of `contrast.py` as one Triton kernel, in place."""
 
 from __future__ import annotations
 

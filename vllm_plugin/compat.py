@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the plugin meets vLLM: its versions, its seams, its small services.
 
-Another version of vLLM is added here and in the two seam files, `api_seams` (the API
-process) and `runner_seams` (workers). Nothing else imports vLLM, but `verify_engine`,
-which uses it as any user does.
+Another version of vLLM is added here, in the two seam files, `api_seams` (the API
+process) and `runner_seams` (workers), and in the scheduler's: `lockstep`,
+`pair_scheduler` and `pairs`, whose reliance on vLLM `upstream` pins. Nothing else
+imports vLLM, but `verify_engine`, which uses it as any user does.
 """
 
 from __future__ import annotations
@@ -86,13 +87,20 @@ def _schedule_pairs(original: Callable) -> Callable:
         from moe_tta.vllm_plugin.pair_limits import engine_reason
 
         scheduler_cls = original(self)
-        if engine_reason(scheduler_cls) is not None:
+        reason = engine_reason(scheduler_cls)
+        if reason is not None:
+            _warn_once(f"moe-tta refuses requests with contrast: {reason}")
             return scheduler_cls
         from moe_tta.vllm_plugin.pair_scheduler import paired
 
         return paired(scheduler_cls)
 
     return get_scheduler_cls
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    get_logger(__name__).warning(message)
 
 
 def copy_to_device(source: Any, out: Any) -> None:

@@ -163,13 +163,28 @@ class Lockstep:
         )
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        if self._taken.pop(request.request_id, None) is not None:
+            self._unfile(request)
         super()._preempt_request(request, *args, **kwargs)
-        self._taken.pop(request.request_id, None)
         partner = self.pairs.other(request.request_id)
         if request in self._left_behind:
             self._left_behind.remove(request)
         elif partner is not None and partner.status == RequestStatus.RUNNING:
             self._left_behind.append(partner)
+
+    def _unfile(self, request: Any) -> None:
+        """Take blocks out of the prefix cache that will not be computed after all.
+
+        vLLM 0.32 files a block when it is given, and under the priority policy may
+        take a request out of the step again: its blocks would serve others unwritten.
+        """
+        manager = self.kv_cache_manager
+        groups = manager.kv_cache_config.kv_cache_groups
+        for group, ids in zip(
+            groups, manager.get_block_ids(request.request_id), strict=True
+        ):
+            first = request.num_computed_tokens // group.kv_cache_spec.block_size
+            manager.evict_blocks(set(ids[first:]))
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         # the loop ended with a preemption: who was left behind has had no turn

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from vllm.v1.core.sched.scheduler import Scheduler
+
 from moe_tta.vllm_plugin import upstream
 
 
@@ -15,8 +17,6 @@ def engine_reason(scheduler_cls: type) -> str | None:
     Args:
         scheduler_cls: vLLM's own choice, or the operator's.
     """
-    from vllm.v1.core.sched.scheduler import Scheduler
-
     if not issubclass(scheduler_cls, Scheduler):
         return f"the scheduler class {scheduler_cls.__name__} is not vLLM's own"
     changed = upstream.changed()

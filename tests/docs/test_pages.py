@@ -36,7 +36,7 @@ def test_links(page):
         assert not anchor or anchor in anchors(target.read_text("utf-8")), link
 
 
-@pytest.mark.parametrize("name", (*STRATEGIES, *PAIRS))
+@pytest.mark.parametrize("name", [*STRATEGIES, *PAIRS])
 def test_strategies_are_documented(name):
     assert (ROOT / "docs" / "strategies" / f"{name}.md").is_file()
     assert f"docs/strategies/{name}.md" in read("README.md")

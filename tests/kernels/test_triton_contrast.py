@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs `triton_contrast_cases.py` in a process of its own: interpreted where there is no GPU.
+"""Runs `triton_contrast_cases.py` in a process of its own, interpreted without a GPU.
 
 Triton chooses to interpret when it is imported, and other tests may have imported it.
 """
