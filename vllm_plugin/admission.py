@@ -15,12 +15,12 @@ from moe_tta.compile import (
 )
 from moe_tta.errors import RequestError
 from moe_tta.settings import ROOT, SettingsError
-from moe_tta.spec import PARAMETER, check_inline, parse
+from moe_tta.spec import PARAMETER, RequestSpec, check_inline, parse
 from moe_tta.strategies import PlanContext
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.model_shape import shape_from_config
 from moe_tta.vllm_plugin.options import read_settings
-from moe_tta.vllm_plugin.pair_limits import pair_reason
+from moe_tta.vllm_plugin.pair_limits import engine_reason, request_reason
 from moe_tta.vllm_plugin.pairs import PAIR, Ask
 
 
@@ -57,7 +57,7 @@ class Admission:
             specs[f"artefacts.{name}"] = parse({"steer": {"mask": name}}, presets={})
         for where, spec in specs.items():
             try:
-                compile_request(spec, self.context)
+                self._compile_spec(spec)
             except RequestError as err:
                 raise SettingsError(f"{ROOT}.{where}: {err}") from err
 
@@ -134,6 +134,18 @@ class Admission:
             )
         spec = parse(value, presets=self.settings.presets)
         check_inline(spec, self.offline or self.settings.allow_inline)
+        return self._compile_spec(spec)
+
+    def _compile_spec(self, spec: RequestSpec) -> CompiledRequest:
+        """Compile what the model and this engine can honour.
+
+        Raises:
+            RequestError: one of them cannot.
+        """
+        if spec.pair is not None:
+            reason = engine_reason(self.vllm_config)
+            if reason is not None:
+                raise RequestError(reason, f"{PARAMETER}.{spec.pair.name}")
         return compile_request(spec, self.context)
 
     def attach(self, request: Any, compiled: CompiledRequest | None) -> None:
@@ -170,7 +182,7 @@ class Admission:
         Raises:
             VLLMValidationError: a request like this cannot have one.
         """
-        reason = pair_reason(self.vllm_config, request)
+        reason = request_reason(self.vllm_config, request)
         if reason is not None:
             raise compat.request_error(RequestError(reason, PARAMETER))
         weak = pair.weak

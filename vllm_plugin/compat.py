@@ -84,10 +84,10 @@ def _schedule_pairs(original: Callable) -> Callable:
     """Give the engine a scheduler that knows pairs, where this vLLM has one."""
 
     def get_scheduler_cls(self):
-        from moe_tta.vllm_plugin.pair_limits import engine_reason
+        from moe_tta.vllm_plugin.pair_limits import scheduler_reason
 
         scheduler_cls = original(self)
-        reason = engine_reason(scheduler_cls)
+        reason = scheduler_reason(scheduler_cls)
         if reason is not None:
             _warn_once(f"moe-tta refuses requests with contrast: {reason}")
             return scheduler_cls

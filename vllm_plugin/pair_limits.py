@@ -11,8 +11,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from moe_tta.vllm_plugin import upstream
 
 
-def engine_reason(scheduler_cls: type) -> str | None:
-    """Say why an engine with this scheduler class serves no pairs; `None` if it does.
+def scheduler_reason(scheduler_cls: type) -> str | None:
+    """Say why this scheduler class can run no pairs; `None` if it can.
 
     Args:
         scheduler_cls: vLLM's own choice, or the operator's.
@@ -29,38 +29,35 @@ def engine_reason(scheduler_cls: type) -> str | None:
     return None
 
 
-def pair_reason(vllm_config: Any, request: Any) -> str | None:
+def engine_reason(vllm_config: Any) -> str | None:
+    """Say why an engine serves no pairs; `None` if it does."""
+    scheduler = vllm_config.scheduler_config
+    if scheduler.max_num_seqs < 2:
+        return "this engine runs one sequence at a time (max_num_seqs 1)"
+    if not scheduler.enable_chunked_prefill:
+        return "this engine reads prompts whole (chunked prefill is off)"
+    if vllm_config.watermark_config is not None:
+        return "this engine watermarks its text"
+    return scheduler_reason(scheduler.get_scheduler_cls())
+
+
+def request_reason(vllm_config: Any, request: Any) -> str | None:
     """Say why a request cannot be given a follower; `None` if it can.
 
     Args:
         vllm_config: The engine's configuration.
         request: vLLM's `EngineCoreRequest`.
     """
-    return next(_reasons(vllm_config, request), None)
-
-
-def _reasons(vllm_config: Any, request: Any) -> Iterator[str]:
-    scheduler, params = vllm_config.scheduler_config, request.sampling_params
-    reason = engine_reason(scheduler.get_scheduler_cls())
-    if reason is not None:
-        yield reason
-    if scheduler.max_num_seqs < 2 or scheduler.max_num_batched_tokens < 2:
-        yield "this engine runs one sequence at a time (max_num_seqs 1)"
-    if not scheduler.enable_chunked_prefill:
-        yield "this engine reads prompts whole (chunked prefill is off)"
-    if vllm_config.watermark_config is not None:
-        yield "this engine watermarks its text"
+    params = request.sampling_params
     if params is None:
-        yield "only generation can be contrasted, not pooling"
-        return
+        return "only generation can have two streams, not pooling"
     if params.prompt_logprobs is not None:
-        yield "prompt_logprobs would be those of one stream alone"
+        return "prompt_logprobs would be those of one stream alone"
     if request.prompt_token_ids is None or request.mm_features:
-        yield "the prompt must be text"
-        return
+        return "the prompt must be text"
     if len(request.prompt_token_ids) < 2:
-        yield "the prompt must have at least 2 tokens"
-    yield from _capacity(vllm_config, len(request.prompt_token_ids), params)
+        return "the prompt must have at least 2 tokens"
+    return next(_capacity(vllm_config, len(request.prompt_token_ids), params), None)
 
 
 def _capacity(vllm_config: Any, prompt_len: int, params: Any) -> Iterator[str]:

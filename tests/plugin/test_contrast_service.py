@@ -10,6 +10,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from moe_tta.settings import EngineSettings, SettingsError
 from moe_tta.vllm_plugin import pair_limits, upstream
 from moe_tta.vllm_plugin.pairs import FOLLOWER
 from tests.plugin.engine import engine, generate, sampling, status
@@ -29,8 +30,8 @@ def llm(tiny_models):
 
 def test_pinned_sources_are_the_installed_ones():
     assert upstream.changed() == ()
-    assert pair_limits.engine_reason(Scheduler) is None
-    assert pair_limits.engine_reason(AsyncScheduler) is None
+    assert pair_limits.scheduler_reason(Scheduler) is None
+    assert pair_limits.scheduler_reason(AsyncScheduler) is None
 
 
 def test_every_overridden_method_is_pinned(llm):
@@ -57,7 +58,7 @@ def test_hashes_see_a_change(tmp_path, monkeypatch):
     upstream.changed.cache_clear()
     try:
         assert upstream.changed() == (name, "vllm.nowhere:gone")
-        reason = pair_limits.engine_reason(Scheduler)
+        reason = pair_limits.scheduler_reason(Scheduler)
         assert reason == (
             "this vLLM differs from the one pairs were written for, in check_stop, gone"
         )
@@ -69,7 +70,7 @@ def test_another_scheduler_class_is_refused():
     class Other:
         pass
 
-    assert "Other is not vLLM's own" in pair_limits.engine_reason(Other)
+    assert "Other is not vLLM's own" in pair_limits.scheduler_reason(Other)
 
 
 REFUSED = [
@@ -99,8 +100,15 @@ def test_refused_engines(llm, monkeypatch, section, options, words):
     owner = config if section is None else getattr(config, section)
     for name, value in options.items():
         monkeypatch.setattr(owner, name, value)
-    with pytest.raises(VLLMValidationError, match=words):
+    with pytest.raises(VLLMValidationError, match=words) as error:
         generate(llm, [PROMPT], [sampling(4, CONTRAST)])
+    assert error.value.parameter == "moe_tta.contrast"
+    # what the operator registers is refused when the engine starts
+    settings = EngineSettings.read({"presets": {"keen": CONTRAST}})
+    admission = llm.llm_engine.input_processor.moe_tta
+    monkeypatch.setattr(admission, "settings", settings)
+    with pytest.raises(SettingsError, match=rf"presets.keen.*{words}"):
+        admission._check_registered()
 
 
 def test_pooling_is_refused(llm):
