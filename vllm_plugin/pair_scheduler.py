@@ -16,7 +16,8 @@ from moe_tta.vllm_plugin.pairs import Ask, make_follower
 def paired(scheduler_cls: type) -> type:
     """Return a subclass of a vLLM scheduler class that also knows pairs."""
     name = f"Pair{scheduler_cls.__name__}"
-    return type(name, (PairLifecycle, Lockstep, scheduler_cls), {})
+    kinds = (PairLifecycle, Lockstep, scheduler_cls)
+    return type(name, kinds, {"__module__": __name__})
 
 
 class PairLifecycle:

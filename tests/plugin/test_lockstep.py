@@ -2,9 +2,11 @@
 """Random worlds: pairs never fall out of step, starve, or read what is not written."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.request import RequestStatus
 
 from tests.plugin.pair_world import VOCAB, World, next_token
 
@@ -115,3 +117,49 @@ def test_random_worlds(tiny_models, depth):
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
     assert preempted > NUM_WORLDS
     assert sampled > NUM_WORLDS * NUM_REQUESTS
+
+
+def small_world(model, **scheduler):
+    config = EngineArgs(
+        model=model, skip_tokenizer_init=True, max_model_len=64, **scheduler
+    ).create_engine_config()
+    return World(config, num_blocks=40, block_size=4, depth=1)
+
+
+def ask(pair=None, prompt=(1, 2, 3, 4, 5), **params):
+    """Return a request of the first priority, three tokens long."""
+    given = {"salt": None, "priority": 0, "arrival": 1.0, "max_tokens": 3, **params}
+    return {"prompt": list(prompt), "pair": pair, **given}
+
+
+def test_a_pair_that_waits_for_its_grammar_lets_others_pass(tiny_models):
+    world = small_world(tiny_models("mixtral"))
+    world.add("a", **ask("weak"))
+    lead = world.scheduler.requests["a"]
+    lead.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    lead.structured_output_request = SimpleNamespace(grammar=None)
+    world.add("b", **ask())
+    for _ in range(5):
+        world.step()
+    assert world.ended == {"b": "length"}
+    lead.status = RequestStatus.WAITING
+    lead.structured_output_request = None
+    for _ in range(5):
+        world.step()
+    assert world.ended == {"b": "length", "a": "length"}
+    assert len(world.answers["a"]) == 3
+
+
+@pytest.mark.parametrize(("seqs", "steps"), [(2, 8), (3, 8), (4, 4)])
+def test_a_pair_counts_as_two(tiny_models, seqs, steps):
+    """Two pairs of three tokens: one step for the prompts, three for the tokens."""
+    world = small_world(tiny_models("mixtral"), max_num_seqs=seqs)
+    world.add("a", **ask("weak"))
+    world.add("b", **ask("weak", prompt=range(6)))
+    taken = 0
+    while len(world.ended) < 2:
+        world.step()
+        assert len(world.scheduler.running) in (0, 2, 4)
+        assert len(world.scheduler.running) <= seqs
+        taken += 1
+    assert taken == steps
