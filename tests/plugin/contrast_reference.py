@@ -31,11 +31,21 @@ class Stream:
 
 
 def load(path):
-    # more threads than this only wait for each other on models this small
-    torch.set_num_threads(1)
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, experts_implementation="eager"
     )
+
+
+@torch.inference_mode()
+def combined(model, shape, request, prompt, tokens):
+    """Return the combined logits [len(tokens), V] on a given answer, without cache."""
+    compiled = compile_request(parse(request, presets={}), PlanContext(shape))
+    text = torch.tensor([prompt + tokens[:-1]])
+    streams = []
+    for plans in (compiled.plans, compiled.pair.weak.plans):
+        with routed(model, shape, plans, len(prompt)):
+            streams.append(model(text).logits[0, len(prompt) - 1 :])
+    return contrast_logits(*streams, *compiled.pair.numbers)
 
 
 def greedy(model, shape, request, prompt, count):
