@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The law of routing (see `reference.py`) as one Triton kernel, one program per row.
-
-Experts stay in their own order all the way: each lane learns the *rank* of its expert,
-and the chosen ones write themselves to column `rank`. Nothing is sorted, and a row
-walks no further down the ranks than its plan can reach.
-"""
+"""The law of routing (see `reference.py`) as one Triton kernel, launched."""
 
 from __future__ import annotations
 
@@ -12,33 +7,145 @@ import math
 
 import torch
 import triton
-import triton.language as tl
 
 from moe_tta.kernels.reference import Routing
 from moe_tta.kernels.route_checks import check_rows, check_rule, check_table
-from moe_tta.kernels.route_ranks import (
-    INF,
-    LOWEST,
-    MODEL,
-    RANKS,
-    SAMPLE,
-    TINY,
-    UNRANKED,
-    count_ranks,
-    ordered_bits,
-    rank_highest,
-    redraw,
-    uniform,
-)
-from moe_tta.kernels.scores import EPS, RoutingRule
-from moe_tta.kernels.table import DEMOTE, DROP, FORBIDDEN, PROMOTE, LayerTable
-from moe_tta.plan import Renorm
+from moe_tta.kernels.route_model import SumOrder
+from moe_tta.kernels.route_row import ModelRows, route_rows
+from moe_tta.kernels.scores import RoutingRule
+from moe_tta.kernels.table import LayerTable
 
-_FORBIDDEN, _PROMOTE, _DEMOTE, _DROP = map(
-    tl.constexpr, (FORBIDDEN, PROMOTE, DEMOTE, DROP)
-)
-_RENORM_MODEL, _RENORM_ALWAYS, _ = (tl.constexpr(renorm.value) for renorm in Renorm)
-_EPS = tl.constexpr(EPS)
+MANY_ROWS = 4096  # from here on a program takes several rows
+
+
+class RoutingKernel:
+    """Routes rows by their slots' plans, in one launch and without a sync.
+
+    Ids equal those of `reference.route` and weights differ by float32 rounding only,
+    so an id may differ where that rounding decides (two experts of nearly equal
+    blended or biased score, a sum next to its threshold). Rows with NaN get ids in
+    range and nothing else is promised.
+
+    Source: the papers that `reference.route` names.
+
+    Args:
+        table: The layer's plans, as `PlanTable.layer` returns them.
+        rule: The layer's own rule.
+        width: Columns of the result, `rule.top_k` to E.
+        layer: Decoder-layer number, read by `Select.SAMPLE` only.
+        model_rows: What rows of slot 0 get; the default is `STOCK` where it exists.
+        skip_unused: Unused columns get id -1, for experts that skip it; otherwise
+            they repeat the row's first id. Their weight is 0.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, layout or device.
+    """
+
+    def __init__(
+        self,
+        table: LayerTable,
+        rule: RoutingRule,
+        width: int,
+        layer: int,
+        model_rows: ModelRows | None = None,
+        skip_unused: bool = False,
+    ):
+        num_experts = table.bias.shape[1]
+        check_table(table)
+        check_rule(rule, width, num_experts, table.packed.device)
+        if model_rows is None:
+            model_rows = ModelRows.STOCK if has_stock_rows(rule) else ModelRows.LAW
+        if model_rows is ModelRows.STOCK and not has_stock_rows(rule):
+            raise ValueError(f"rows of {rule} have no stock kernel to follow")
+        self.table = table
+        self.rule = rule
+        self.width = width
+        self.layer = layer
+        self.model_rows = model_rows
+        self.skip_unused = skip_unused
+        packed, bias = table.packed, rule.correction_bias
+        self._fixed = (
+            *(packed, packed.stride(0), packed if bias is None else bias),
+            layer,
+        )
+        self._constants = _constants(rule, width, num_experts, model_rows, skip_unused)
+        # many rows keep all lanes busy four to eight experts each; a few rows are
+        # sooner done each by its own warp
+        block = triton.next_power_of_2(num_experts)
+        self._tile = max(1, 256 // block) if model_rows is ModelRows.STOCK else 1
+        self._compiled: dict[tuple, tuple] = {}
+
+    def __call__(
+        self,
+        router_logits: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        padding: torch.Tensor | None = None,
+        given: Routing | None = None,
+    ) -> Routing:
+        """Return the routing of T rows; arguments are not checked, `check_rows` does.
+
+        Args:
+            router_logits: [T, >= E] f32, bf16 or f16, any strides; columns beyond E
+                are ignored.
+            slots: [T] int32 or int64, contiguous; each row's slot in the table.
+            positions: [T] int64, contiguous; absolute positions, in tokens.
+            padding: [T] bool, contiguous; rows that are no token get id -1.
+            given: [T, top_k] contiguous routing for rows of slot 0, needed with
+                `ModelRows.GIVEN`.
+        """
+        num_tokens, device = router_logits.shape[0], router_logits.device
+        shape = (num_tokens, self.width)
+        weights = torch.empty(shape, dtype=torch.float32, device=device)
+        ids = torch.empty(shape, dtype=torch.int32, device=device)
+        if num_tokens == 0:
+            return Routing(weights, ids)
+        args = (
+            *(weights, ids, router_logits, *router_logits.stride(), slots, positions),
+            slots if padding is None else padding,
+            *((weights, ids) if given is None else given),
+            *self._fixed,
+            num_tokens,
+            self.rule.top_k,
+        )
+        self._launch(router_logits, padding is not None, args)
+        return Routing(weights, ids)
+
+    def _launch(self, logits: torch.Tensor, has_padding: bool, args: tuple) -> None:
+        """Launch by the compiled kernel itself, which takes half of Triton's time.
+
+        What Triton compiles for is in the key, or the same in every call.
+        """
+        rows = self._tile if logits.shape[0] >= MANY_ROWS else 1
+        grid = -(-logits.shape[0] // rows), 1, 1
+        key = rows, logits.dtype, logits.stride(), logits.data_ptr() % 16, has_padding
+        if key in self._compiled:
+            compiled, constants = self._compiled[key]
+            compiled[grid](*args, *constants)
+            return
+        constants = {
+            **self._constants,
+            **SumOrder.of(self.table.bias.shape[1], logits.dtype)._asdict(),
+            "ROWS": rows,
+            "HAS_PADDING": has_padding,
+            "EXACT": logits.is_cuda,
+        }
+        compiled = route_rows[grid](*args, **constants)
+        if compiled is not None:  # it is where kernels are interpreted
+            ordered = tuple(
+                constants[name] for name in route_rows.arg_names[len(args) :]
+            )
+            self._compiled[key] = compiled, ordered
+
+
+def has_stock_rows(rule: RoutingRule) -> bool:
+    """Return whether stock vLLM routes by its `topk_softmax` kernel here."""
+    return (
+        rule.scoring == "softmax"
+        and rule.num_expert_group == 1
+        and rule.correction_bias is None
+        and rule.routed_scaling_factor == 1.0
+    )
 
 
 def route_triton(
@@ -50,254 +157,41 @@ def route_triton(
     width: int,
     layer: int,
 ) -> Routing:
-    """Route every row by its slot's plan, in one launch and without a sync.
-
-    Ids equal those of `reference.route` and weights differ by float32 rounding only,
-    so an id may differ where that rounding decides (two experts of nearly equal
-    blended or biased score, a sum next to its threshold). Rows with NaN get ids in
-    range and nothing else is promised.
-
-    Source: the papers that `reference.route` names.
-
-    Args:
-        router_logits: [T, >= E], any float dtype and strides; columns beyond E are
-            ignored.
-        slots: [T] int32 or int64, contiguous; each row's slot in the table.
-        positions: [T] int64, contiguous; absolute positions, in tokens.
-        table: The layer's plans, as `PlanTable.layer` returns them.
-        rule: The layer's own rule.
-        width: Columns of the result, `rule.top_k` to E.
-        layer: Decoder-layer number, read by `Select.SAMPLE` only.
+    """Route every row by its slot's plan; see `RoutingKernel` for the arguments.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, layout or device.
     """
-    num_tokens, num_experts = len(router_logits), table.bias.shape[1]
-    device = router_logits.device
-    check_rows(router_logits, slots, positions, num_experts)
-    check_table(table, device)
-    check_rule(rule, width, num_experts, device)
-    shape = (num_tokens, width)
-    weights = torch.empty(shape, dtype=torch.float32, device=device)
-    ids = torch.empty(shape, dtype=torch.int32, device=device)
-    if num_tokens == 0:
-        return Routing(weights, ids)
+    kernel = RoutingKernel(table, rule, width, layer)
+    check_rows(router_logits, slots, positions, table.bias.shape[1])
+    return kernel(router_logits, slots, positions)
+
+
+def _constants(
+    rule: RoutingRule,
+    width: int,
+    num_experts: int,
+    model_rows: ModelRows,
+    skip_unused: bool,
+) -> dict:
+    """Return what is compiled into the kernel and the same in every call."""
     block = triton.next_power_of_2(num_experts)
-    biased = rule.correction_bias is not None
-    _route_kernel[(num_tokens,)](
-        *(weights, ids, router_logits, *router_logits.stride(), slots, positions),
-        *(*table, table.bias.stride(0), table.mix.stride(0)),
-        table.select_args.stride(0),
-        rule.correction_bias if biased else router_logits,
-        layer,
-        E=num_experts,
-        LOG_E=math.log(num_experts),
-        BLOCK_E=block,
-        WIDTH=width,
-        BLOCK_W=triton.next_power_of_2(width),
-        TOP_K=rule.top_k,
-        SCORING=rule.scoring,
-        BIASED=biased,
-        RENORMALIZES=rule.always_renormalizes,
-        GROUPS=rule.num_expert_group,
-        TOPK_GROUP=rule.topk_group,
-        FACTOR=rule.routed_scaling_factor,
+    return {
+        "E": num_experts,
+        "LOG_E": math.log(num_experts),
+        "BLOCK_E": block,
+        "WIDTH": width,
+        "BLOCK_W": triton.next_power_of_2(width),
+        "TOP_K": rule.top_k,
+        "SCORING": rule.scoring,
+        "BIASED": rule.correction_bias is not None,
+        "RENORMALIZES": rule.always_renormalizes,
+        "GROUPS": rule.num_expert_group,
+        "TOPK_GROUP": rule.topk_group,
+        "FACTOR": rule.routed_scaling_factor,
+        "MODEL_ROWS": model_rows.value,
+        "SKIP_UNUSED": skip_unused,
         # one warp: every reduction stays in registers
-        num_warps=1 if block <= 512 else 4,
-        enable_fp_fusion=False,  # round where the law rounds
-    )
-    return Routing(weights, ids)
-
-
-@triton.jit(do_not_specialize=["layer"])
-def _route_kernel(
-    weights_ptr,  # [T, WIDTH] f32
-    ids_ptr,  # [T, WIDTH] int32
-    logits_ptr,  # [T, >= E]
-    logits_row_stride,
-    logits_column_stride,
-    slots_ptr,  # [T]
-    positions_ptr,  # [T] int64
-    # the fields of `LayerTable`
-    flags_ptr,
-    bias_ptr,
-    target_ptr,
-    scale_ptr,
-    mix_ptr,
-    select_ptr,
-    k_min_ptr,
-    k_max_ptr,
-    renorm_ptr,
-    select_args_ptr,
-    seed_ptr,
-    per_expert_stride,
-    per_slot_stride,
-    args_stride,
-    correction_ptr,  # [E], read with BIASED
-    layer,
-    E: tl.constexpr,
-    LOG_E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    TOP_K: tl.constexpr,
-    SCORING: tl.constexpr,
-    BIASED: tl.constexpr,
-    RENORMALIZES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOPK_GROUP: tl.constexpr,
-    FACTOR: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    experts = tl.arange(0, BLOCK_E)
-    inside = experts < E
-    columns = experts.to(tl.int64) * logits_column_stride
-    logits_ptr += row * logits_row_stride
-    logits = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-
-    # slot 0 is neutral: its masked loads read nothing
-    slot = tl.load(slots_ptr + row).to(tl.int64)
-    has_plan = slot > 0
-    planned = experts < tl.where(has_plan, E, 0)
-    cells = slot * per_expert_stride + experts
-    cell = slot * per_slot_stride
-    flags = tl.load(flags_ptr + cells, mask=planned, other=0).to(tl.int32)
-    allowed = inside & ((flags & _FORBIDDEN) == 0)
-
-    # scores and keys
-    logits += tl.load(bias_ptr + cells, mask=planned, other=0.0)
-    if not BIASED:
-        logits = _steer(logits, flags, allowed)
-    logits = tl.where(allowed, logits, -INF)
-    scores = _activate(logits, SCORING)
-    keys = logits
-    if BIASED:
-        correction = tl.load(correction_ptr + experts, mask=inside, other=0.0)
-        keys = _steer(scores + correction.to(tl.float32), flags, allowed)
-        keys = tl.where(allowed, keys, -INF)
-    elif SCORING == "softmax" or SCORING == "topk_softmax":
-        mix = tl.load(mix_ptr + cell, mask=has_plan, other=0.0)
-        if mix > 0:
-            target = tl.load(target_ptr + cells, mask=allowed, other=0.0)
-            scores = tl.where(allowed, (1 - mix) * scores + mix * target, 0.0)
-            keys = tl.where(allowed, scores, -INF)
-    if GROUPS > 1:
-        keys = _keep_best_groups(keys, flags, experts, E, GROUPS, TOPK_GROUP, BIASED)
-
-    # selection
-    shares = scores
-    if SCORING == "sigmoid" or SCORING == "sqrtsoftplus":
-        shares = scores / tl.maximum(tl.sum(scores, axis=0), TINY)
-    eligible = tl.sum((keys != -INF).to(tl.int32), axis=0)
-    select = tl.load(select_ptr + cell, mask=has_plan, other=MODEL)
-    selects = select != MODEL
-    k_min = tl.load(k_min_ptr + cell, mask=selects, other=TOP_K)
-    k_max = tl.load(k_max_ptr + cell, mask=selects, other=TOP_K)
-    select_args_ptr += slot * args_stride
-    arg0 = tl.load(select_args_ptr, mask=selects, other=0.0)
-    arg1 = tl.load(select_args_ptr + 1, mask=selects, other=0.0)
-    first = tl.where(select == RANKS, arg0.to(tl.int32), 0)
-    first = tl.minimum(first, tl.maximum(eligible - 1, 0))
-    most = tl.minimum(tl.minimum(k_max, WIDTH), eligible - first)
-    depth = first + most
-    if select == SAMPLE:
-        depth = tl.maximum(depth, tl.minimum(arg1.to(tl.int32) + 1, eligible))
-    rank = rank_highest(ordered_bits(keys), experts, first, depth)
-    if select == SAMPLE:
-        tau = tl.load(select_args_ptr + 2)
-        pool = tl.minimum(arg1, eligible.to(tl.float32))
-        seed = tl.load(seed_ptr + cell)
-        noise = uniform(seed, layer, tl.load(positions_ptr + row), experts)
-        rank = redraw(rank, shares, noise, arg0, pool, tau, most)
-    count = count_ranks(shares, rank, select, arg0, arg1, k_min, k_max, most, LOG_E)
-    count = tl.minimum(tl.maximum(count, k_min), k_max)
-    count = tl.minimum(count, most)
-
-    # weights
-    used = (rank >= 0) & (rank < count)
-    weights = tl.where(used, scores, 0.0)
-    weights *= tl.load(scale_ptr + cells, mask=used & planned, other=1.0)
-    weights = tl.where((flags & _DROP) != 0, 0.0, weights)
-    renorm = tl.load(renorm_ptr + cell, mask=has_plan, other=_RENORM_MODEL)
-    shared = renorm == _RENORM_ALWAYS
-    if RENORMALIZES:
-        shared = shared | (renorm == _RENORM_MODEL)
-    if shared:
-        total = tl.sum(weights, axis=0)
-        weights = tl.where(total > 0, weights / total, 0.0)
-    if FACTOR != 1.0:
-        weights *= FACTOR
-    weights_ptr += row * WIDTH
-    ids_ptr += row * WIDTH
-    tl.store(weights_ptr + rank, weights, mask=used)
-    tl.store(ids_ptr + rank, experts, mask=used)
-    tail = tl.arange(0, BLOCK_W)
-    unused = (tail >= count) & (tail < WIDTH)
-    # a row without any eligible expert has no rank 0
-    best = tl.min(tl.where(rank == 0, experts, UNRANKED), axis=0)
-    best = tl.where(best < E, best, 0)
-    tl.store(weights_ptr + tail, tl.zeros([BLOCK_W], tl.float32), mask=unused)
-    tl.store(ids_ptr + tail, tl.zeros([BLOCK_W], tl.int32) + best, mask=unused)
-
-
-@triton.jit
-def _steer(values, flags, allowed):
-    """Move promoted experts above the row's best, demoted ones below its worst."""
-    best = tl.max(tl.where(allowed, values, -INF), axis=0)
-    worst = tl.min(tl.where(allowed, values, INF), axis=0)
-    values = tl.where((flags & _PROMOTE) != 0, best + _EPS, values)
-    return tl.where((flags & _DEMOTE) != 0, worst - _EPS, values)
-
-
-@triton.jit
-def _activate(logits, SCORING: tl.constexpr):
-    """Return the scores of float32 logits; the two others go by float64, as the law."""
-    if SCORING == "softmax" or SCORING == "topk_softmax":
-        powers = tl.exp(logits - tl.max(logits, axis=0))
-        scores = powers / tl.sum(powers, axis=0)
-    else:
-        exact = logits.to(tl.float64)
-        power = tl.exp(-tl.abs(exact))  # no overflow
-        if SCORING == "sigmoid":
-            scores = tl.where(exact >= 0, 1.0, power) / (1.0 + power)
-        else:
-            # log1p(power), exact where 1 + power rounds (Kahan)
-            raised = 1.0 + power
-            rest = tl.where(raised == 1.0, 1.0, raised - 1.0)
-            small = tl.where(raised == 1.0, power, tl.log(raised) * power / rest)
-            scores = tl.sqrt(tl.maximum(exact, 0.0) + small)
-        scores = scores.to(tl.float32)
-    return scores
-
-
-@triton.jit
-def _keep_best_groups(
-    keys,
-    flags,
-    experts,
-    E: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOPK_GROUP: tl.constexpr,
-    BIASED: tl.constexpr,
-):
-    """Set keys to -inf outside the row's best groups; lanes beyond E are in none."""
-    size: tl.constexpr = E // GROUPS
-    group = experts // size
-    ordered = tl.full(experts.shape, LOWEST, tl.int32)  # lane g speaks for group g
-    for index in tl.static_range(GROUPS):
-        mine = tl.where(group == index, keys, -INF)
-        score = tl.max(mine, axis=0)
-        if BIASED and size > 1:
-            leader = tl.min(tl.where(mine == score, experts, UNRANKED), axis=0)
-            second = tl.max(tl.where(experts == leader, -INF, mine), axis=0)
-            score += tl.where(second == -INF, 0.0, second)
-        promoted = tl.where(group == index, flags & _PROMOTE, 0)
-        score = tl.where(tl.max(promoted, axis=0) > 0, INF, score)
-        scores = tl.zeros(experts.shape, tl.float32) + score
-        ordered = tl.where(experts == index, ordered_bits(scores), ordered)
-    best = rank_highest(ordered, experts, 0, TOPK_GROUP)
-    kept = experts < 0
-    for index in tl.static_range(GROUPS):
-        chosen = tl.min(tl.where(experts == index, best, UNRANKED), axis=0)
-        kept = kept | (group == tl.where(chosen < TOPK_GROUP, index, -1))
-    return tl.where(kept, keys, -INF)
+        "num_warps": 1 if block <= 512 else 4,
+        "enable_fp_fusion": False,  # round where the law rounds
+    }

@@ -6,26 +6,17 @@ from __future__ import annotations
 import torch
 
 from moe_tta.kernels.scores import RoutingRule
-from moe_tta.kernels.table import LayerTable
+from moe_tta.kernels.table import LayerTable, Layout
 
 _SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrtsoftplus")
-_DTYPES = LayerTable(
-    flags=torch.uint8,
-    bias=torch.float32,
-    target=torch.float32,
-    scale=torch.float32,
-    mix=torch.float32,
-    select=torch.int32,
-    k_min=torch.int32,
-    k_max=torch.int32,
-    renorm=torch.int32,
-    select_args=torch.float32,
-    seed=torch.int64,
-)
 
 
 def check_rows(
-    logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, num_experts: int
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    num_experts: int,
+    padding: torch.Tensor | None = None,
 ) -> None:
     """Raise `ValueError` unless the rows fit the table's experts and each other."""
     shape, device = tuple(logits.shape), logits.device
@@ -37,7 +28,10 @@ def check_rows(
     for name, tensor, dtypes in (
         ("slots", slots, (torch.int32, torch.int64)),
         ("positions", positions, (torch.int64,)),
+        ("padding", padding, (torch.bool,)),
     ):
+        if tensor is None and name == "padding":
+            continue
         fits = tensor.shape == shape[:1] and tensor.is_contiguous()
         if not fits or tensor.dtype not in dtypes or tensor.device != device:
             raise ValueError(
@@ -46,23 +40,18 @@ def check_rows(
             )
 
 
-def check_table(table: LayerTable, device: torch.device) -> None:
-    """Raise `ValueError` unless the fields are one layer's views of a `PlanTable`."""
-    num_slots, num_experts = table.bias.shape
-    inner = {"select_args": table.select_args.shape[-1]}
-    inner.update(dict.fromkeys(("flags", "bias", "target", "scale"), num_experts))
-    outer = {}
-    for name, tensor, dtype in zip(table._fields, table, _DTYPES, strict=True):
-        want = (num_slots, inner[name]) if name in inner else (num_slots,)
-        if tensor.shape != want or tensor.dtype != dtype or tensor.device != device:
-            raise ValueError(
-                f"table.{name} is {tensor.dtype} {tuple(tensor.shape)} on "
-                f"{tensor.device}, expected {dtype} {want} on {device}"
-            )
-        # slots of one kind of field lie equally far apart
-        apart = outer.setdefault(want[1:], tensor.stride(0))
-        if tensor.stride()[1:] not in ((), (1,)) or tensor.stride(0) != apart:
-            raise ValueError(f"table.{name} is no view of one PlanTable's layer")
+def check_table(table: LayerTable) -> None:
+    """Raise `ValueError` unless the table is one layer of a `PlanTable`."""
+    packed, num_experts = table.packed, table.bias.shape[1]
+    want = (len(table.bias), Layout.of(num_experts).num_bytes)
+    if packed.shape != want or packed.dtype != torch.uint8:
+        raise ValueError(
+            f"table.packed is {packed.dtype} {tuple(packed.shape)}, expected "
+            f"{torch.uint8} {want}"
+        )
+    apart, step = packed.stride()
+    if apart % 16 or step != 1 or packed.data_ptr() % 16:
+        raise ValueError("table.packed has rows that do not start at 16 bytes")
 
 
 def check_rule(

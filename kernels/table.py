@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from enum import IntFlag
 from typing import NamedTuple
 
@@ -14,6 +16,12 @@ from moe_tta.shape import RouterShape
 
 # bits of `flags`
 FORBIDDEN, PROMOTE, DEMOTE, DROP = 1, 2, 4, 8
+_TORCH = {
+    np.uint8: torch.uint8,
+    np.int32: torch.int32,
+    np.int64: torch.int64,
+    np.float32: torch.float32,
+}
 
 
 class Features(IntFlag):
@@ -31,7 +39,10 @@ class Features(IntFlag):
 
 
 class LayerTable(NamedTuple):
-    """One layer's part of the plan table; S slots, E experts."""
+    """One layer's part of the plan table; S slots, E experts.
+
+    `packed` holds all of it, laid out as `Layout` says; the others are views of it.
+    """
 
     flags: torch.Tensor  # [S, E] uint8, bits FORBIDDEN, PROMOTE, DEMOTE, DROP
     bias: torch.Tensor  # [S, E] f32
@@ -44,41 +55,71 @@ class LayerTable(NamedTuple):
     renorm: torch.Tensor  # [S] int32, Renorm
     select_args: torch.Tensor  # [S, 3] f32
     seed: torch.Tensor  # [S] int64
+    packed: torch.Tensor  # [S, Layout.num_bytes] uint8, rows at multiples of 16 bytes
+
+
+class Layout(NamedTuple):
+    """Where each field of one slot's layer lies, in bytes from its start."""
+
+    offsets: dict[str, int]
+    num_bytes: int
+
+    @staticmethod
+    @functools.cache
+    def of(num_experts: int) -> Layout:
+        """Return the layout for a number of experts: numbers, `bias`, other arrays."""
+        offsets, end = {}, 0
+        for name, (dtype, sizes) in _fields(num_experts).items():
+            end = _round_up(end) if name == "bias" else end  # aligned wide loads
+            offsets[name] = end
+            end += np.dtype(dtype).itemsize * math.prod(sizes)
+        return Layout(offsets, _round_up(end))
+
+
+def _fields(num_experts: int) -> dict[str, tuple[type, tuple[int, ...]]]:
+    """Return dtype and sizes by field, the widest dtype first, for alignment."""
+    per_expert = (num_experts,)
+    return {
+        "seed": (np.int64, ()),
+        "mix": (np.float32, ()),
+        **dict.fromkeys(("select", "k_min", "k_max", "renorm"), (np.int32, ())),
+        "select_args": (np.float32, (NUM_SELECT_ARGS,)),
+        **dict.fromkeys(("bias", "target", "scale"), (np.float32, per_expert)),
+        "flags": (np.uint8, per_expert),
+    }
+
+
+def _round_up(num_bytes: int) -> int:
+    return -(-num_bytes // 16) * 16
 
 
 class PlanTable:
     """The plans of `num_slots` slots; slot 0 is neutral forever.
 
-    The tensors [slots + 1, L, ...] are made once and only ever written in place, so
-    that captured graphs and compiled code keep reading them.
+    One tensor [slots + 1, L, Layout.num_bytes] is made once and only ever written in
+    place, so that captured graphs and compiled code keep reading it.
 
     Args:
         shape: The model's routers.
         num_slots: Slots that can be written, 1 to `num_slots`.
-        device: Where the tensors live.
+        device: Where the tensor lives.
     """
 
     def __init__(self, shape: RouterShape, num_slots: int, device: torch.device | str):
         self.shape = shape
         self.num_slots = num_slots
-        neutral = _slot_arrays(RoutingPlan(), shape)
-        self._tensors = {
-            name: torch.from_numpy(array)
-            .expand(num_slots + 1, *array.shape)
-            .clone()
-            .to(device)
-            for name, array in neutral.items()
-        }
+        neutral = torch.from_numpy(_pack(RoutingPlan(), shape))
+        self._packed = neutral.repeat(num_slots + 1, 1, 1).to(device)
         self._features = [Features.NONE] * (num_slots + 1)
         self._layers = [
-            LayerTable(**{name: t[:, index] for name, t in self._tensors.items()})
+            _view(self._packed[:, index], shape.num_experts)
             for index in range(len(shape.layers))
         ]
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory that the table holds."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        return self._packed.nbytes
 
     def layer(self, index: int) -> LayerTable:
         """Return the views of one layer, by its position in `shape.layers`."""
@@ -100,12 +141,22 @@ class PlanTable:
         """
         if not 1 <= slot <= self.num_slots:
             raise ValueError(f"slot {slot} cannot be written, 1..{self.num_slots} can")
-        for name, array in _slot_arrays(plan, self.shape).items():
-            tensor, source = self._tensors[name], torch.from_numpy(array)
-            if tensor.is_cuda:
-                source = source.pin_memory()
-            tensor[slot].copy_(source, non_blocking=True)
+        source = torch.from_numpy(_pack(plan, self.shape))
+        if self._packed.is_cuda:
+            source = source.pin_memory()
+        self._packed[slot].copy_(source, non_blocking=True)
         self._features[slot] = plan_features(plan)
+
+
+def _view(packed: torch.Tensor, num_experts: int) -> LayerTable:
+    """Return the fields of `packed` [S, bytes] as typed views."""
+    offsets = Layout.of(num_experts).offsets
+    views = {}
+    for name, (dtype, sizes) in _fields(num_experts).items():
+        end = offsets[name] + np.dtype(dtype).itemsize * math.prod(sizes)
+        typed = packed[:, offsets[name] : end].view(_TORCH[dtype])
+        views[name] = typed if sizes else typed[:, 0]
+    return LayerTable(**views, packed=packed)
 
 
 def plan_features(plan: RoutingPlan) -> Features:
@@ -134,31 +185,26 @@ def plan_features(plan: RoutingPlan) -> Features:
     return used
 
 
-def _slot_arrays(plan: RoutingPlan, shape: RouterShape) -> dict[str, np.ndarray]:
-    """Return one slot's arrays [L, ...] by `LayerTable` field, neutral where unset."""
-    num_layers, num_experts = len(shape.layers), shape.num_experts
+def _pack(plan: RoutingPlan, shape: RouterShape) -> np.ndarray:
+    """Return one slot's bytes [L, Layout.num_bytes], neutral where it is unset."""
+    layout = Layout.of(shape.num_experts)
+    packed = np.zeros((len(shape.layers), layout.num_bytes), np.uint8)
 
-    def full(name: str, sizes: tuple[int, ...]) -> np.ndarray:
-        dtype, _, neutral = FIELDS[name]
-        array = np.full(sizes, neutral, dtype)
-        value = getattr(plan, name)
-        if value is not None:
-            array[...] = value
-        return array
+    def field(name: str) -> np.ndarray:
+        dtype, sizes = _fields(shape.num_experts)[name]
+        start = layout.offsets[name]
+        end = start + np.dtype(dtype).itemsize * math.prod(sizes)
+        array = packed[:, start:end].view(dtype)
+        return array if sizes else array[:, 0]
 
-    def per_expert(name: str) -> np.ndarray:
-        return full(name, (num_layers, num_experts))
-
-    flags = (
-        ~per_expert("allow") * np.uint8(FORBIDDEN)
-        + per_expert("promote") * np.uint8(PROMOTE)
-        + per_expert("demote") * np.uint8(DEMOTE)
-        + per_expert("drop") * np.uint8(DROP)
-    )
-    arrays = {"flags": flags}
-    for name in ("bias", "target", "scale"):
-        arrays[name] = per_expert(name)
-    for name in ("mix", "select", "k_min", "k_max", "renorm", "seed"):
-        arrays[name] = full(name, (num_layers,))
-    arrays["select_args"] = full("select_args", (num_layers, NUM_SELECT_ARGS))
-    return arrays
+    for name in layout.offsets:
+        if name != "flags":
+            value = getattr(plan, name)
+            field(name)[...] = FIELDS[name][2] if value is None else value
+    flags = field("flags")
+    for name, bit in (("promote", PROMOTE), ("demote", DEMOTE), ("drop", DROP)):
+        if (value := getattr(plan, name)) is not None:
+            flags |= value * np.uint8(bit)
+    if plan.allow is not None:
+        flags |= ~plan.allow * np.uint8(FORBIDDEN)
+    return packed

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -66,14 +67,24 @@ class CompiledRequest:
         return SALT_PREFIX + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
 
     def to_wire(self) -> dict[str, Any]:
-        """Return plain types that msgpack can carry to the engine."""
-        given = [plan for plan in self.plans if plan is not None]
+        """Return plain types that msgpack can carry to the engine; the caller's own."""
         return {
             "format": WIRE_FORMAT,
-            "plans": {plan.fingerprint: plan.to_bytes() for plan in given},
+            "plans": dict(self._plan_bytes),
             "segments": [plan and plan.fingerprint for plan in self.plans],
             "cached": list(self.cached),
         }
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the plans' arrays, and of their bytes as `to_wire` keeps them."""
+        own = 2 * sum(len(data) for data in self._plan_bytes.values())
+        return own if self.pair is None else own + self.pair.weak.nbytes
+
+    @cached_property
+    def _plan_bytes(self) -> dict[str, bytes]:
+        plans = {plan.fingerprint: plan for plan in self.plans if plan is not None}
+        return {mark: plan.to_bytes() for mark, plan in plans.items()}
 
     @staticmethod
     def from_wire(
@@ -148,10 +159,11 @@ def compile_request(spec: RequestSpec, context: PlanContext) -> CompiledRequest:
 def _compile_stream(spec: RequestSpec, context: PlanContext) -> CompiledRequest:
     shape = context.shape
     written = {name: _plan_of(name, spec, context) for name in spec.members}
-    everywhere = RoutingPlan(
-        renorm=np.full(len(shape.layers), Renorm[spec.renorm.upper()], np.int32)
-    ).normalised()
-    done: dict[tuple[str, ...], RoutingPlan | None] = {}
+    everywhere = RoutingPlan()
+    if spec.renorm != "model":
+        code = Renorm[spec.renorm.upper()]
+        everywhere = RoutingPlan(renorm=np.full(len(shape.layers), code, np.int32))
+    done: dict[tuple[str, ...], tuple[RoutingPlan | None, bool]] = {}
     active_in = [
         tuple(n for n, p in spec.members.items() if span_segments(p.span)[index])
         for index in range(len(SEGMENTS))
@@ -160,9 +172,10 @@ def _compile_stream(spec: RequestSpec, context: PlanContext) -> CompiledRequest:
         if active not in done:
             parts = {name: written[name] for name in active}
             plan = _merged(parts, everywhere, spec, shape)
-            done[active] = None if plan.neutral else plan
-    plans = tuple(done[active] for active in active_in)
-    return CompiledRequest(plans, tuple(_touches_cache(p, shape) for p in plans))
+            chosen = None if plan.neutral else plan
+            done[active] = chosen, _touches_cache(plan, shape)
+    plans, cached = zip(*(done[active] for active in active_in), strict=True)
+    return CompiledRequest(plans, cached)
 
 
 def _plan_of(name: str, spec: RequestSpec, context: PlanContext) -> RoutingPlan:
@@ -213,12 +226,12 @@ def _is_wrong(plan: RoutingPlan, shape: RouterShape) -> bool:
     return False
 
 
-def _touches_cache(plan: RoutingPlan | None, shape: RouterShape) -> bool:
+def _touches_cache(plan: RoutingPlan, shape: RouterShape) -> bool:
     """Whether KV can differ from the stock model's.
 
     The last decoder layer's experts feed the logits and no key or value.
     """
-    if plan is None:
-        return False
-    layers = np.array(shape.layers)[plan.edited_layers()]
-    return bool((layers != shape.num_hidden_layers - 1).any())
+    edited = plan.edited_layers()
+    if shape.layers[-1] == shape.num_hidden_layers - 1:
+        edited = edited[:-1]
+    return bool(edited.any())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 
@@ -49,14 +49,14 @@ FIELDS: dict[str, tuple[type, bool, float]] = {
     "demote": (np.bool_, True, False),
     "target": (np.float32, True, 0.0),
     "mix": (np.float32, False, 0.0),
-    "select": (np.int32, False, Select.MODEL),
+    "select": (np.int32, False, int(Select.MODEL)),  # numpy is slow with enums
     "k_min": (np.int32, False, 1),
     "k_max": (np.int32, False, 0),
     "select_args": (np.float32, False, 0.0),
     "seed": (np.int64, False, 0),
     "scale": (np.float32, True, 1.0),
     "drop": (np.bool_, True, False),
-    "renorm": (np.int32, False, Renorm.MODEL),
+    "renorm": (np.int32, False, int(Renorm.MODEL)),
 }
 SELECT_FIELDS = ("select", "k_min", "k_max", "select_args", "seed")
 NUM_SELECT_ARGS = 3
@@ -94,9 +94,7 @@ class RoutingPlan:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the non-neutral fields by name."""
         return {
-            f.name: value
-            for f in fields(self)
-            if (value := getattr(self, f.name)) is not None
+            name: value for name in FIELDS if (value := getattr(self, name)) is not None
         }
 
     @property
@@ -171,10 +169,11 @@ def merge(plans: Sequence[RoutingPlan]) -> RoutingPlan:
     Raises:
         PlanError: two plans set the same field.
     """
-    merged = RoutingPlan()
+    merged: dict[str, np.ndarray] = {}
     for plan in plans:
-        clash = set(merged.arrays()) & set(plan.arrays())
+        arrays = plan.arrays()
+        clash = merged.keys() & arrays.keys()
         if clash:
             raise PlanError(f"two strategies both set {', '.join(sorted(clash))}")
-        merged = replace(merged, **plan.arrays())
-    return merged
+        merged.update(arrays)
+    return RoutingPlan(**merged)

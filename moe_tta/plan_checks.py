@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from moe_tta.plan import RoutingPlan
     from moe_tta.shape import RouterShape
 
+CODES = {"select": frozenset(Select), "renorm": frozenset(Renorm)}
+
 
 def check_plan(plan: RoutingPlan, shape: RouterShape) -> None:
     """Raise `PlanError` where the plan does not fit the model."""
@@ -35,10 +37,10 @@ def _check_arrays(plan: RoutingPlan, shape: RouterShape) -> None:
             raise PlanError(f"{name} is {value.dtype}, expected {np.dtype(dtype)}")
         if value.dtype == np.float32 and not np.isfinite(value).all():
             raise PlanError(f"{name} holds values that are not finite")
-    for name, codes in (("select", Select), ("renorm", Renorm)):
+    for name, codes in CODES.items():
         value = getattr(plan, name)
-        if value is not None and not np.isin(value, list(codes)).all():
-            raise PlanError(f"{name} holds a code that is none of {list(codes)}")
+        if value is not None and not codes.issuperset(value.tolist()):
+            raise PlanError(f"{name} holds a code that is none of {sorted(codes)}")
 
 
 def _check_masks(plan: RoutingPlan, shape: RouterShape) -> None:
@@ -68,26 +70,32 @@ def _check_promoted_groups(promote: np.ndarray, shape: RouterShape) -> None:
 def _check_enough_allowed(plan: RoutingPlan, shape: RouterShape) -> None:
     """Every row must find as many allowed experts as it will use."""
     needed = _needed_experts(plan, shape)
-    num_layers = len(shape.layers)
-    allow = np.ones((num_layers, shape.num_experts), bool)
-    if plan.allow is not None:
-        allow = plan.allow
-    grouped = allow.reshape(num_layers, shape.num_expert_group, -1)
-    per_group = np.sort(grouped.sum(axis=2), axis=1)
-    for index, layer in enumerate(shape.layers):
-        counts = per_group[index]
-        # the worst choice of groups a token can make: the smallest non-empty ones
-        reachable = int(counts[counts > 0][: shape.topk_group].sum())
-        if reachable < needed[index]:
-            where = (
-                f" in the {shape.topk_group} groups a token may be given"
-                if shape.grouped
-                else ""
-            )
-            raise PlanError(
-                f"layer {layer}: {reachable} experts stay allowed{where}, expected at "
-                f"least {needed[index]}"
-            )
+    reachable = _reachable_experts(plan.allow, shape)
+    short = reachable < needed
+    if not short.any():
+        return
+    index = short.argmax()
+    where = (
+        f" in the {shape.topk_group} groups a token may be given"
+        if shape.grouped
+        else ""
+    )
+    raise PlanError(
+        f"layer {shape.layers[index]}: {reachable[index]} experts stay "
+        f"allowed{where}, expected at least {needed[index]}"
+    )
+
+
+def _reachable_experts(allow: np.ndarray | None, shape: RouterShape) -> np.ndarray:
+    """Return int [L]: the fewest allowed experts a token's groups can hold."""
+    num_layers, groups = len(shape.layers), shape.num_expert_group
+    if allow is None:
+        return np.full(num_layers, shape.num_experts // groups * shape.topk_group)
+    counts = np.sort(allow.reshape(num_layers, groups, -1).sum(axis=2), axis=1)
+    # the worst choice of groups a token can make: the smallest non-empty ones
+    filled = counts > 0
+    chosen = filled & (filled.cumsum(axis=1) <= shape.topk_group)
+    return (counts * chosen).sum(axis=1)
 
 
 def _needed_experts(plan: RoutingPlan, shape: RouterShape) -> np.ndarray:
@@ -95,10 +103,10 @@ def _needed_experts(plan: RoutingPlan, shape: RouterShape) -> np.ndarray:
     needed = np.full(len(shape.layers), shape.top_k)
     if plan.select is None:
         return needed
-    chosen = np.where(plan.select == Select.MODEL, shape.top_k, plan.k_max)
-    if plan.select_args is not None:
-        ranks = plan.select == Select.RANKS
-        chosen = np.where(ranks, chosen + plan.select_args[:, 0].astype(int), chosen)
+    chosen = np.where(plan.select == int(Select.MODEL), shape.top_k, plan.k_max)
+    ranks = plan.select == int(Select.RANKS)
+    if ranks.any():
+        chosen[ranks] += plan.select_args[ranks, 0].astype(chosen.dtype)
     return chosen
 
 
@@ -128,7 +136,7 @@ def _check_selection(plan: RoutingPlan, shape: RouterShape) -> None:
         if plan.k_min is not None or plan.k_max is not None:
             raise PlanError("k_min and k_max need select")
         return
-    used = plan.select != Select.MODEL
+    used = plan.select != int(Select.MODEL)
     if plan.k_max is None or plan.select_args is None:
         raise PlanError("select needs k_max and select_args")
     k_min = np.ones_like(plan.k_max) if plan.k_min is None else plan.k_min
@@ -138,18 +146,32 @@ def _check_selection(plan: RoutingPlan, shape: RouterShape) -> None:
             f"selected counts must satisfy 1 <= k_min <= k_max <= {shape.k_max} "
             "(the engine's k_max)"
         )
-    ranks = plan.select == Select.RANKS
-    last = plan.select_args[ranks, 0] + plan.k_max[ranks]
-    if (plan.select_args[ranks, 0] < 0).any() or (last > shape.num_experts).any():
-        raise PlanError(f"ranks must lie in 0..{shape.num_experts - 1}")
-    if (plan.select_args[ranks, 0] % 1 != 0).any():
-        raise PlanError("the first rank must be a whole number")
-    low, high, _ = plan.select_args[plan.select == Select.ENTROPY].T
-    if (low > high).any():
-        raise PlanError("entropy bounds must satisfy low <= high")
-    sample = plan.select == Select.SAMPLE
-    keep, pool, tau = plan.select_args[sample].T
-    k_max = plan.k_max[sample]
+    _check_select_args(plan.select, plan.select_args, plan.k_max, shape)
+
+
+def _check_select_args(
+    select: np.ndarray, args: np.ndarray, k_max: np.ndarray, shape: RouterShape
+) -> None:
+    rules = set(select.tolist())
+    if Select.RANKS in rules:
+        ranks = select == Select.RANKS
+        first, last = args[ranks, 0], args[ranks, 0] + k_max[ranks]
+        if (first < 0).any() or (last > shape.num_experts).any():
+            raise PlanError(f"ranks must lie in 0..{shape.num_experts - 1}")
+        if (first % 1 != 0).any():
+            raise PlanError("the first rank must be a whole number")
+    if Select.ENTROPY in rules:
+        low, high, _ = args[select == Select.ENTROPY].T
+        if (low > high).any():
+            raise PlanError("entropy bounds must satisfy low <= high")
+    if Select.SAMPLE in rules:
+        sample = select == Select.SAMPLE
+        _check_sampling(*args[sample].T, k_max[sample])
+
+
+def _check_sampling(
+    keep: np.ndarray, pool: np.ndarray, tau: np.ndarray, k_max: np.ndarray
+) -> None:
     if (keep < 0).any() or (keep > k_max).any() or (k_max > pool).any():
         raise PlanError("sampling must satisfy 0 <= keep <= k_max <= pool")
     if (tau <= 0).any():

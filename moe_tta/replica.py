@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from moe_tta.kernels.reference import RoutingRule, route
 from moe_tta.kernels.table import PlanTable
 from moe_tta.plan import RoutingPlan
 from moe_tta.shape import RouterShape
+
+# where a router's output holds router_logits, topk_weights, topk_ids
+_ORDER = (0, 1, 2)
+_ORDERS = {"GraniteMoeTopKRouter": (2, 1, 0)}
 
 
 def gates(model: torch.nn.Module, num_experts: int) -> list[torch.nn.Module]:
@@ -28,13 +33,22 @@ def gates(model: torch.nn.Module, num_experts: int) -> list[torch.nn.Module]:
     found = [
         module
         for name, module in model.named_modules()
-        if name.endswith(".gate")
+        if name.endswith((".gate", ".router"))
         and getattr(module, "weight", None) is not None
         and module.weight.shape[0] == num_experts
     ]
     if not found:
-        raise ValueError(f"{type(model).__name__} has no router modules named 'gate'")
+        raise ValueError(
+            f"{type(model).__name__} has no modules named 'gate' or 'router'"
+        )
     return found
+
+
+def _rule(gate: torch.nn.Module, shape: RouterShape) -> RoutingRule:
+    # transformers scales weights where vLLM may scale the experts' output instead
+    factor = getattr(gate, "routed_scaling_factor", shape.routed_scaling_factor)
+    bias = getattr(gate, "e_score_correction_bias", None)
+    return RoutingRule.from_shape(replace(shape, routed_scaling_factor=factor), bias)
 
 
 @contextmanager
@@ -62,15 +76,17 @@ def routed(
     table = PlanTable(shape, len(segments), torch.device("cpu"))
     for slot, plan in enumerate(segments, start=1):
         table.write(slot, plan or RoutingPlan())
-    rule = RoutingRule.from_shape(shape)
     records: list[dict[str, Any]] = []
     modules = gates(model, shape.num_experts)
     if len(modules) != len(shape.layers):
         raise ValueError(f"{len(modules)} gates found, expected {len(shape.layers)}")
 
     def hook(index: int):
-        def replace(module, inputs, output):
-            logits, stock_weights, stock_ids = output
+        rule = _rule(modules[index], shape)
+        order = _ORDERS.get(type(modules[index]).__name__, _ORDER)
+
+        def replaced(module, inputs, output):
+            logits, stock_weights, stock_ids = (output[place] for place in order)
             positions = torch.arange(start, start + logits.shape[0])
             slots = 1 + (positions >= prompt_len - 1).int() + (positions >= prompt_len)
             weights, ids = route(
@@ -90,9 +106,10 @@ def routed(
                     "stock_ids": stock_ids,
                 }
             )
-            return logits, weights.to(stock_weights.dtype), ids.long()
+            parts = (logits, weights.to(stock_weights.dtype), ids.long())
+            return tuple(part for _, part in sorted(zip(order, parts, strict=True)))
 
-        return replace
+        return replaced
 
     handles = [m.register_forward_hook(hook(i)) for i, m in enumerate(modules)]
     try:

@@ -15,6 +15,20 @@ COMMON = {
     "eos_token_id": 1,
     "tie_word_embeddings": False,
 }
+DEEPSEEK = {
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    # MLA's kernels know kv_lora_rank + qk_rope_head_dim = 576 only
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+}
 CONFIGS = {
     "mixtral": {
         "intermediate_size": 96,
@@ -46,18 +60,92 @@ CONFIGS = {
         "norm_topk_prob": False,
         "mlp_only_layers": [1],
     },
+    "deepseek_v2": {
+        **DEEPSEEK,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 2.0,
+    },
+    "deepseek_v2_lite": {
+        **DEEPSEEK,
+        "model_type": "deepseek_v2",
+        "n_shared_experts": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+    },
+    "deepseek_v3": {
+        **DEEPSEEK,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 0,
+    },
+    "glm4_moe": {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 16,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 2,
+        "num_nextn_predict_layers": 0,
+        "head_dim": 32,
+    },
+    "gpt_oss": {
+        "intermediate_size": 96,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "head_dim": 32,
+        "sliding_window": 32,
+    },
+    "granitemoe": {
+        "intermediate_size": 64,
+        "num_local_experts": 10,
+        "num_experts_per_tok": 3,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
+    "phimoe": {
+        "architectures": ["PhiMoEForCausalLM"],
+        "intermediate_size": 96,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
 }
+
+
+GATES = ("gate.weight", "router.weight")
+# weights that steer routing: by name, the standard deviation they are drawn with
+SPREAD = {"router.bias": 0.5, "e_score_correction_bias": 0.1}
 
 
 def build(name, folder):
     """Save the named tiny model and return its folder."""
-    config = AutoConfig.for_model(name, **{**COMMON, **CONFIGS[name]})
+    fields = {**COMMON, **CONFIGS[name]}
+    config = AutoConfig.for_model(fields.pop("model_type", name), **fields)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(torch.float32)
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.dim() > 1:
-                scale = 2.0 if "gate.weight" in key else 1.0
+                scale = 2.0 if key.endswith(GATES) else 1.0
                 weight.normal_(0, scale / weight.shape[-1] ** 0.5)
+        for key, weight in model.state_dict().items():
+            for ending, spread in SPREAD.items():
+                if key.endswith(ending):
+                    weight.normal_(0, spread)
     model.save_pretrained(folder)
     return folder

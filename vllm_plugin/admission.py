@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,13 +16,21 @@ from moe_tta.compile import (
 )
 from moe_tta.errors import RequestError
 from moe_tta.settings import ROOT, SettingsError
-from moe_tta.spec import PARAMETER, RequestSpec, check_inline, parse
+from moe_tta.spec import (
+    PARAMETER,
+    RequestSpec,
+    as_text,
+    check_inline,
+    parse,
+    parse_text,
+)
 from moe_tta.strategies import PlanContext
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.model_shape import shape_from_config
 from moe_tta.vllm_plugin.options import read_settings
 from moe_tta.vllm_plugin.pair_limits import engine_reason, request_reason
 from moe_tta.vllm_plugin.pairs import PAIR, Ask
+from moe_tta.vllm_plugin.plan_cache import PlanCache
 
 
 class Admission:
@@ -30,12 +39,17 @@ class Admission:
     Built once per API process, from the operator's settings and the model's config;
     bad settings and artefacts that do not fit the model stop the engine here.
     `offline` lifts the ban on inline expert edits, which protects servers.
+
+    A body seen before is not compiled again. That is safe because settings, presets,
+    artefacts and shape never change in the life of a process, and `offline` is only
+    ever set, so that what was allowed stays allowed.
     """
 
     def __init__(self, vllm_config: Any):
         self.vllm_config = vllm_config
         self.settings = read_settings(vllm_config)
         self.offline = False
+        self.cache = PlanCache()
         config = vllm_config.model_config.hf_text_config
         self.shape = shape_from_config(config, self.settings.k_max)
         self.context = None
@@ -132,9 +146,14 @@ class Admission:
                 PARAMETER,
                 value,
             )
-        spec = parse(value, presets=self.settings.presets)
-        check_inline(spec, self.offline or self.settings.allow_inline)
-        return self._compile_spec(spec)
+        text = as_text(value)
+        compiled = self.cache.get(text)
+        if compiled is None:
+            spec = parse_text(text, presets=self.settings.presets)
+            check_inline(spec, self.offline or self.settings.allow_inline)
+            compiled = self._compile_spec(spec)
+            self.cache.put(text, compiled)
+        return compiled
 
     def _compile_spec(self, spec: RequestSpec) -> CompiledRequest:
         """Compile what the model and this engine can honour.
@@ -147,6 +166,20 @@ class Admission:
             if reason is not None:
                 raise RequestError(reason, f"{PARAMETER}.{spec.pair.name}")
         return compile_request(spec, self.context)
+
+    def without_object(self, params: Any) -> Any:
+        """Return `params` without the client's `moe_tta` object, not changed.
+
+        vLLM copies parameters deeply; over an object's lists that takes longer than
+        to compile it.
+        """
+        extra_args = getattr(params, "extra_args", None) or {}
+        if PARAMETER not in extra_args:
+            return params
+        params = copy.copy(params)
+        rest = {k: v for k, v in extra_args.items() if k != PARAMETER}
+        params.extra_args = rest or None
+        return params
 
     def attach(self, request: Any, compiled: CompiledRequest | None) -> None:
         """Put the compiled plans on an engine request, and its cache salt.
@@ -162,13 +195,11 @@ class Admission:
         pair = None if compiled is None else compiled.pair
         ask = None if pair is None else self._ask(request, pair, own_salt)
         params = request.sampling_params
-        if params is None or not (compiled or params.extra_args):
+        if params is None or compiled is None:
             return
         # the caller's dict may be shared between requests: replace, never edit
-        extra_args = {
-            k: v for k, v in (params.extra_args or {}).items() if k != PARAMETER
-        }
-        if compiled is not None and not compiled.neutral:
+        extra_args = dict(params.extra_args or {})
+        if not compiled.neutral:
             extra_args[PARAMETER] = compiled.to_wire()
             salt = compiled.salt(_prompt_len(request), own_salt)
             request.cache_salt = own_salt if salt is None else salt

@@ -26,6 +26,7 @@ def admit(original: Callable) -> Callable:
     def process_inputs(self, request_id, prompt, params, *args, **kwargs):
         resumable = bool(kwargs.get("resumable"))
         plan = self.moe_tta.compile(params, resumable)
+        params = self.moe_tta.without_object(params)
         request = original(self, request_id, prompt, params, *args, **kwargs)
         self.moe_tta.attach(request, plan)
         return request

@@ -141,6 +141,51 @@ def running_layer(layer_name: Any) -> Any:
     return get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
 
 
+def is_plain_softmax_router(router: Any) -> bool:
+    """Return whether the router does nothing but call vLLM's `topk_softmax`."""
+    from vllm._aiter_ops import rocm_aiter_ops
+    from vllm.model_executor.layers.fused_moe.router.fused_topk_router import (
+        FusedTopKRouter,
+    )
+
+    return (
+        type(router) is FusedTopKRouter
+        and router.scoring_func == "softmax"
+        and not rocm_aiter_ops.is_fused_moe_enabled()
+    )
+
+
+def padding_mask(num_tokens: int) -> Any:
+    """Return the step's mask of rows that are no token, or `None` without one."""
+    from vllm.model_executor.layers.fused_moe.router import fused_topk_router
+
+    return fused_topk_router._get_padding_mask(num_tokens)
+
+
+def is_triton_experts(experts: Any) -> bool:
+    """Return whether these are vLLM's own Triton experts, no variant of them."""
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    return type(experts) is TritonExperts
+
+
+def sum_used_columns() -> None:
+    """Make vLLM's Triton experts leave columns of id -1 out of their sum.
+
+    The class is changed, not one layer's experts, which vLLM may make anew.
+    """
+    from vllm import _custom_ops
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+
+    def make(original):
+        def moe_sum(self, input, output, topk_ids=None, expert_map=None):
+            _custom_ops.moe_sum(input, output, topk_ids, expert_map)
+
+        return moe_sum
+
+    wrap(TritonExperts, "moe_sum", make)
+
+
 def register_op(
     name: str, implementation: Callable, fake: Callable, mutates: list[str]
 ) -> None:

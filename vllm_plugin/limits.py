@@ -8,8 +8,6 @@ from typing import Any
 
 from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
 
-WAY_OUT = "Set MOE_TTA_DISABLE=1 to run this set-up without moe-tta"
-
 
 def refuse_unsupported(vllm_config: Any, runners: Sequence[Any]) -> None:
     """Refuse what would run plans wrongly or not at all.
@@ -18,7 +16,7 @@ def refuse_unsupported(vllm_config: Any, runners: Sequence[Any]) -> None:
         UnsupportedModelError: the first reason found.
     """
     for reason in _reasons(vllm_config, runners):
-        raise UnsupportedModelError(f"moe-tta refuses to start: {reason}. {WAY_OUT}")
+        raise UnsupportedModelError.because(reason)
 
 
 def _reasons(vllm_config: Any, runners: Sequence[Any]):
@@ -28,12 +26,17 @@ def _reasons(vllm_config: Any, runners: Sequence[Any]):
         ("data_parallel_size", "data parallelism"),
         ("prefill_context_parallel_size", "prefill context parallelism"),
         ("decode_context_parallel_size", "decode context parallelism"),
-        ("tensor_parallel_size", "tensor parallelism"),
     ):
         if getattr(parallel, name) > 1:
             yield f"{what} has not been shown to route rows rightly"
-    if parallel.enable_expert_parallel:
-        yield "expert parallelism has not been shown to route rows rightly"
+    if parallel.tensor_parallel_size > 1 and vllm_config.device_config.device_type == (
+        "cpu"
+    ):
+        yield "tensor parallelism on CPU has not been shown to route rows rightly"
+    if parallel.enable_eplb:
+        yield "expert load balancing has not been shown to route rows rightly"
+    if parallel.use_sequence_parallel_moe:
+        yield "sequence-parallel MoE gives each GPU other rows than the step's"
     if parallel.use_ubatching:
         yield "micro-batching splits the rows of a step"
     if vllm_config.speculative_config is not None:
@@ -45,5 +48,5 @@ def _reasons(vllm_config: Any, runners: Sequence[Any]):
     if any(runner.is_monolithic for runner in runners):
         yield (
             "the experts' kernel selects experts itself (monolithic); start vLLM with "
-            "--moe-backend triton"
+            "--moe-backend triton, or marlin for mxfp4 weights"
         )

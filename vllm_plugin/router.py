@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hook in a layer's router: the stock selection, then the rows with plans."""
+"""The hook in a layer's router on CPU: the stock selection, then rows with plans."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +37,7 @@ class LayerRouting:
         self.rows = rows
         self.width = width
         self.observer: Callable | None = None
+        self.skips_unused = False  # vLLM's CPU experts crash on id -1
 
     def apply(
         self,
@@ -52,14 +53,11 @@ class LayerRouting:
             topk_ids: [T, width] int32 or int64, overwritten.
         """
         stock_ids = topk_ids.clone() if self.observer else None
-        if self.rows.on_cpu:
-            self._apply_cpu(router_logits, topk_weights, topk_ids)
-        else:
-            self._apply_device(router_logits, topk_weights, topk_ids)
+        self._overwrite(router_logits, topk_weights, topk_ids)
         if self.observer:
             self.observer(self.layer, stock_ids, topk_ids, topk_weights)
 
-    def _apply_cpu(self, router_logits, topk_weights, topk_ids) -> None:
+    def _overwrite(self, router_logits, topk_weights, topk_ids) -> None:
         planned = self.rows.planned
         if planned is None:
             return
@@ -75,23 +73,6 @@ class LayerRouting:
         )
         topk_weights[planned] = weights
         topk_ids[planned] = ids.to(topk_ids.dtype)
-
-    def _apply_device(self, router_logits, topk_weights, topk_ids) -> None:
-        # the same operations in every step, so that a captured graph stays right
-        num_tokens = router_logits.shape[0]
-        slots = self.rows.slots[:num_tokens]
-        weights, ids = route(
-            router_logits,
-            slots,
-            self.rows.positions[:num_tokens],
-            self.table,
-            self.rule,
-            self.width,
-            self.layer,
-        )
-        own = (slots == 0)[:, None]
-        topk_weights.copy_(torch.where(own, topk_weights, weights))
-        topk_ids.copy_(torch.where(own, topk_ids, ids.to(topk_ids.dtype)))
 
 
 def arm_router(runner: Any, routing: LayerRouting) -> None:

@@ -46,6 +46,10 @@ class PlannedRequest:
             start: Absolute position of the chunk's first token.
             count: Number of tokens in the chunk; offsets count from its start.
         """
+        if start >= self.prompt_len:  # decoding, the common case
+            if self.segments[2] is not None:
+                yield 0, count, self.segments[2]
+            return
         edges = (0, self.prompt_len - 1, self.prompt_len, start + count)
         for index, fingerprint in enumerate(self.segments):
             first = max(edges[index], start) - start
@@ -113,15 +117,32 @@ class StepRows:
         if not runs and not self._used:
             return
         self._slots[: self._used] = 0
-        for first, end, position, name in runs:
-            self._slots[first:end] = slots[name]
-            self._positions[first:end] = np.arange(position, position + end - first)
-        changed = max(self._used, runs[-1][1] if runs else 0)
-        self._used = runs[-1][1] if runs else 0
+        before, self._used = self._used, 0
+        if runs:
+            self._fill(runs, slots)
+            self._used = runs[-1][1]
         self.features = self.slot_table.features()
         if self.on_cpu:
             rows = np.flatnonzero(self._slots[: self._used])
             self.planned = torch.from_numpy(rows) if len(rows) else None
             return
+        # vLLM's pinned staging: a block is not reused before its copy is done
+        changed = max(before, self._used)
         compat.copy_to_device(self._slots[:changed], self.slots[:changed])
-        compat.copy_to_device(self._positions[:changed], self.positions[:changed])
+        if self.features & Features.SAMPLE:
+            used = slice(self._used)
+            compat.copy_to_device(self._positions[used], self.positions[used])
+
+    def _fill(
+        self, runs: list[tuple[int, int, int, str]], slots: dict[str, int]
+    ) -> None:
+        """Write slots and positions of all runs at once."""
+        first, end, position, slot = np.array(
+            [(first, end, position, slots[name]) for first, end, position, name in runs]
+        ).T
+        counts = end - first
+        starts = np.cumsum(counts) - counts
+        within = np.arange(counts.sum()) - np.repeat(starts, counts)
+        rows = within + np.repeat(first, counts)
+        self._slots[rows] = np.repeat(slot, counts)
+        self._positions[rows] = within + np.repeat(position, counts)

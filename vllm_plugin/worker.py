@@ -5,27 +5,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from moe_tta.kernels.reference import RoutingRule
-from moe_tta.kernels.table import PlanTable
+from moe_tta.kernels.table import LayerTable, PlanTable
 from moe_tta.shape import RouterShape
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.limits import refuse_unsupported
 from moe_tta.vllm_plugin.model_shape import (
     UnsupportedModelError,
     shape_from_config,
-    shape_from_routers,
 )
 from moe_tta.vllm_plugin.options import read_settings
 from moe_tta.vllm_plugin.pair_rows import PairRows
 from moe_tta.vllm_plugin.router import LayerRouting, arm_router
+from moe_tta.vllm_plugin.router_shape import correction_bias, shape_from_routers
 from moe_tta.vllm_plugin.rows import PlannedRequest, StepRows
 from moe_tta.vllm_plugin.slots import PLANS_PER_REQUEST, SlotTable
 from moe_tta.vllm_plugin.trace import TraceRecorder
+
+if TYPE_CHECKING:
+    from moe_tta.vllm_plugin.gpu_router import GpuLayerRouting
 
 logger = compat.get_logger(__name__)
 
@@ -42,7 +45,7 @@ class WorkerState:
         self.device = device
         self.requests: dict[str, PlannedRequest] = {}
         self.rows: StepRows | None = None
-        self.armed: list[LayerRouting] = []
+        self.armed: list[LayerRouting | GpuLayerRouting] = []
         self.trace: TraceRecorder | None = None
         self.pairs = PairRows(device)
 
@@ -57,12 +60,18 @@ class WorkerState:
         config = shape_from_config(
             self.vllm_config.model_config.hf_text_config, settings.k_max
         )
-        if config is None:
+        if config is None and not runners:
             return
+        if config is None or not runners:
+            named = 0 if config is None else len(config.layers)
+            raise UnsupportedModelError.because(
+                f"the model's config names {named} MoE layers where moe-tta looks for "
+                f"them, vLLM loaded {len(runners)}"
+            )
         refuse_unsupported(self.vllm_config, runners)
         shape = shape_from_routers(runners, config)
         if shape != config:
-            raise UnsupportedModelError(
+            raise UnsupportedModelError.because(
                 "the loaded routers differ from the model's config: "
                 + shape.difference(config)
             )
@@ -84,21 +93,13 @@ class WorkerState:
         captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         max_tokens = max(scheduler.max_num_batched_tokens, captured)
         self.rows = StepRows(max_tokens, self.device, SlotTable(table, num_slots))
-        rule = RoutingRule.from_shape(shape)
         for index, runner in enumerate(runners):
-            routing = LayerRouting(
-                runner.layer_id, rule, table.layer(index), self.rows, shape.k_max
-            )
-            arm_router(runner, routing)
-            self.armed.append(routing)
-        if self.device.type != "cpu":
-            logger.warning(
-                "moe-tta routes by the plain torch law on this device, in every layer "
-                "of every step: steps are slower than stock vLLM's (docs/limits.md)"
-            )
+            rule = RoutingRule.from_shape(shape, correction_bias(runner.router))
+            layer = table.layer(index)
+            self.armed.append(self._arm_layer(runner, rule, layer, shape.k_max))
         logger.info(
-            "moe-tta armed %d/%d layers: %d experts, top-%d (k_max %d), %s%s, modular "
-            "experts, %d plan slots (%.1f MiB)",
+            "moe-tta armed %d/%d layers: %d experts, top-%d (k_max %d), %s%s, %s, "
+            "%d plan slots (%.1f MiB)",
             len(self.armed),
             len(shape.layers),
             shape.num_experts,
@@ -106,9 +107,29 @@ class WorkerState:
             shape.k_max,
             shape.scoring,
             ", renormalised" if shape.renormalize else "",
+            self._describe_kernel(),
             num_slots,
             table.nbytes / 2**20,
         )
+
+    def _arm_layer(
+        self, runner: Any, rule: RoutingRule, table: LayerTable, width: int
+    ) -> LayerRouting | GpuLayerRouting:
+        if self.rows.on_cpu:
+            routing = LayerRouting(runner.layer_id, rule, table, self.rows, width)
+            arm_router(runner, routing)
+            return routing
+        from moe_tta.vllm_plugin.gpu_router import GpuLayerRouting
+
+        return GpuLayerRouting(runner, rule, table, self.rows, width)
+
+    def _describe_kernel(self) -> str:
+        if self.rows.on_cpu:
+            return "plans in plain torch"
+        first = self.armed[0]
+        how = "instead of" if first.follows_stock else "after"
+        unused = "skipped" if first.skips_unused else "computed with weight 0"
+        return f"one kernel {how} vLLM's selection, unused experts {unused}"
 
     def requests_changed(self, finished: Iterable[str], new: Iterable[Any]) -> None:
         """Forget finished requests, remember new ones with a plan or a partner."""
@@ -138,6 +159,7 @@ class WorkerState:
         pinned = self.rows.slot_table.pinned if self.rows else {}
         return {
             "armed_layers": [routing.layer for routing in self.armed],
+            "skips_unused": all(routing.skips_unused for routing in self.armed),
             "requests_with_plan": len(self.requests),
             "slots_in_use": len(pinned),
             "pairs": len(self.pairs.links),

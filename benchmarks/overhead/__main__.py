@@ -1,138 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode and prefill time with the plugin against stock vLLM, same run, dummy weights.
+"""Time of decode and prefill with the plugin against stock vLLM.
 
-`python -m benchmarks.overhead --batch 1,8,64 --out FILE.json` starts one engine per
-mode in a process of its own, modes interleaved over `--repeat` rounds.
+Engines of the same model, with and without the plugin, live on one device at the same
+time and are measured in turn, in short rounds. A ratio is taken within a round, so
+that drift of clocks and temperature cancels; its median over the rounds is printed
+with a bootstrap interval. Stock is measured twice in every round: the ratio of these
+two shows what is noise. Results go to a JSON file after every round, the picture
+beside it.
+
+`python -m benchmarks.overhead serve` asks two servers instead, and
+`python -m benchmarks.overhead draw FILE.json` draws a file's last run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
+import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-MODES = {"stock": None, "idle": None, "bias": {"steer": {"bias": [[2, 3, 1.0]]}}}
-OLMOE = {
-    "architectures": ["OlmoeForCausalLM"],
-    "model_type": "olmoe",
-    "hidden_size": 2048,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": False,
-    "vocab_size": 50304,
-    "max_position_embeddings": 4096,
-    "torch_dtype": "bfloat16",
-}
+from benchmarks.overhead import serve
+from benchmarks.overhead.engines import EngineOptions, groups, started
+from benchmarks.overhead.models import DTYPE_BYTES, Model
+from benchmarks.overhead.modes import MODES
+from benchmarks.overhead.processes import ProcessError
+from benchmarks.overhead.ratios import agreement, lines, summarise
+from benchmarks.overhead.record import ResultFile, conditions, read_runs
+from benchmarks.overhead.rounds import Cell, Deadline, Schedule
+
+RESULTS = Path("benchmarks/results")
 
 
-def measure(mode: str, batches: list[int], folder: str) -> dict[str, float]:
-    """Time one engine: seconds of prefill (128 tokens a row) and of a decode step."""
-    from vllm import LLM, SamplingParams
-
-    begin = time.perf_counter()
-    llm = LLM(
-        folder,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        max_model_len=1024,
-        enable_prefix_caching=False,
-        gpu_memory_utilization=0.5,
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the engine benchmark."""
+    parser = argparse.ArgumentParser("benchmarks.overhead", description=__doc__)
+    parser.add_argument(
+        "--model", default="olmoe", help="olmoe, qwen3-30b or a folder with a config"
     )
-    found = {"start_s": time.perf_counter() - begin}
-    plan = MODES[mode]
-    extra = None if plan is None else {"moe_tta": plan}
+    parser.add_argument("--modes", type=modes, default=MODES, help=",".join(MODES))
+    parser.add_argument("--batch", type=sizes, default=(1, 8, 64, 256))
+    parser.add_argument(
+        "--prefill", type=prefills, default=((8, 128), (64, 128)), help="8x128,64x128"
+    )
+    parser.add_argument("--prompt", type=int, default=32, help="tokens before decode")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps timed")
+    parser.add_argument("--repeat", type=int, default=10, help="rounds at most")
+    parser.add_argument(
+        "--budget", type=float, default=200, help="seconds; later no round starts"
+    )
+    parser.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16")
+    parser.add_argument("--eager", action="store_true", help="no graphs, no compile")
+    parser.add_argument(
+        "--in-turn",
+        action="store_true",
+        help="start engines one by one: start-up undisturbed, device memory of each",
+    )
+    parser.add_argument("--out", type=Path, help="results/overhead-MODEL.json")
+    return parser
 
-    def run(batch: int, tokens: int) -> float:
-        params = SamplingParams(
-            max_tokens=tokens, temperature=0, ignore_eos=True, extra_args=extra
+
+def modes(text: str) -> tuple[str, ...]:
+    """Read a list of modes."""
+    found = tuple(text.split(","))
+    unknown = [mode for mode in found if mode not in MODES]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"expected some of {', '.join(MODES)}, got {', '.join(unknown)}"
         )
-        asked = [{"prompt_token_ids": [5 + i % 97] * 128} for i in range(batch)]
-        start = time.perf_counter()
-        llm.generate(asked, params, use_tqdm=False)
-        return time.perf_counter() - start
-
-    for batch in batches:
-        run(batch, 4)
-        first = statistics.median(run(batch, 1) for _ in range(5))
-        whole = statistics.median(run(batch, 129) for _ in range(5))
-        found[f"prefill_{batch}_s"] = first
-        found[f"decode_{batch}_s"] = (whole - first) / 128
-    return found
+    return tuple(dict.fromkeys(("stock", *found)))
 
 
-def child(mode: str, batches: str, folder: str) -> dict[str, float]:
-    """Run `measure` in a process of its own."""
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    env["MOE_TTA_DISABLE"] = "1" if mode == "stock" else "0"
-    command = [sys.executable, "-m", "benchmarks.overhead", "--child", mode]
-    command += ["--batch", batches, "--folder", folder]
-    done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE)
-    return json.loads(done.stdout.decode().splitlines()[-1])
+def sizes(text: str) -> tuple[int, ...]:
+    """Read a list of batch sizes."""
+    return tuple(int(size) for size in text.split(","))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", default="1,8,64")
-    parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--child", choices=MODES)
-    parser.add_argument("--folder")
-    args = parser.parse_args()
-    if args.child:
-        batches = [int(size) for size in args.batch.split(",")]
-        print(json.dumps(measure(args.child, batches, args.folder)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(OLMOE))
-        runs = [
-            {"mode": mode, **child(mode, args.batch, folder)}
-            for _ in range(args.repeat)
-            for mode in MODES
-        ]
-    report(runs, args.out)
+def prefills(text: str) -> tuple[tuple[int, int], ...]:
+    """Read a list of REQUESTSxTOKENS; empty text is none."""
+    pairs = (pair.split("x") for pair in text.split(",") if pair)
+    return tuple((int(count), int(tokens)) for count, tokens in pairs)
 
 
-def report(runs: list[dict], out: Path | None) -> None:
-    """Print medians and ratios against stock; write them as JSON."""
-    import torch
-    import vllm
-
-    names = [name for name in runs[0] if name != "mode"]
-    medians = {
-        mode: {
-            name: statistics.median(r[name] for r in runs if r["mode"] == mode)
-            for name in names
-        }
-        for mode in MODES
+def run(args: argparse.Namespace, begin: float) -> dict:
+    """Measure all groups of engines; return the run as it stands in the file."""
+    model = Model.find(args.model)
+    cells = [Cell("decode", size, args.prompt, args.steps) for size in args.batch]
+    cells += [Cell("prefill", *pair) for pair in args.prefill]
+    options = EngineOptions(model, cells, args.dtype, args.eager)
+    run = {
+        "benchmark": "overhead",
+        "conditions": conditions(vars(args), model),
+        "groups": [],
+        "samples": [],
     }
-    for name in names:
-        base = medians["stock"][name]
-        cells = (f"{m} {medians[m][name] / base:.3f}" for m in MODES)
-        print(f"{name:18} stock {base * 1e3:9.3f} ms  ratios: {', '.join(cells)}")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    conditions = {
-        "model": "OLMoE dimensions, dummy weights, bfloat16",
-        "device": device,
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        text = {"conditions": conditions, "medians": medians, "runs": runs}
-        out.write_text(json.dumps(text, indent=1) + "\n")
+    file = ResultFile(args.out)
+
+    def save(samples: list[dict]) -> None:
+        run["samples"] += samples
+        run["summary"] = summarise(run["samples"])
+        run["tokens_equal_stock"] = agreement(run["samples"])
+        file.write(run)
+
+    todo = groups(args.modes, options)
+    for number, kinds in enumerate(todo):
+        print(f"engines at once: {', '.join(kinds)}", flush=True)
+        logs = args.out.with_name(f"{args.out.stem}-{number}")
+        with started(kinds, options, args.in_turn, logs) as (engines, facts):
+            run["groups"].append(facts)
+            schedule = Schedule(engines, args.modes, cells, number)
+            schedule.warm_up()
+            print(f"warm after {time.perf_counter() - begin:.1f} s", flush=True)
+            deadline = Deadline(begin + args.budget * (number + 1) / len(todo))
+            schedule.run(args.repeat, deadline, save)
+    return run
+
+
+def report(run: dict) -> None:
+    """Print what was found."""
+    print("\n".join(lines(run["summary"])))
+    for facts in run["groups"]:
+        for kind, fact in facts.items():
+            memory = fact["memory"] or {}
+            sizes = (f"{k} {v / 2**30:.2f} GiB" for k, v in memory.items() if v)
+            print(f"start {kind}: {fact['start_s']:.1f} s", *sizes)
+    for mode, (equal, all_) in run["tokens_equal_stock"].items():
+        print(f"tokens of {mode} equal stock's in {equal} of {all_} batches")
+
+
+def main() -> int:
+    """Run the part that the command line names."""
+    begin = time.perf_counter()
+    # so that a kill from outside ends what we started, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    part, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if part == "serve":
+        return serve.main(rest)
+    if part == "draw":
+        return draw_file(Path(rest[0]))
+    args = parser().parse_args()
+    args.out = args.out or RESULTS / f"overhead-{Path(args.model).name}.json"
+    try:
+        report(run(args, begin))
+    except (ProcessError, ValueError) as err:
+        print(err, file=sys.stderr)
+        return 1
+    return draw_file(args.out)
+
+
+def draw_file(path: Path) -> int:
+    """Draw a file's last run beside it."""
+    from benchmarks.overhead.plot import draw
+
+    picture = path.with_suffix(".png")
+    draw(read_runs(path)[-1]).savefig(picture, dpi=150)
+    print(f"wrote {path} and {picture}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 def items(*names: str) -> BeforeValidator:
     """Require a list with one item per name; the message shows the form."""
     form = f"expected [{', '.join(names)}]"
+    forms, count = (list, tuple), len(names)
 
     def check(value: Any) -> Any:
-        if not isinstance(value, list | tuple) or len(value) != len(names):
+        if not isinstance(value, forms) or len(value) != count:
             raise PydanticCustomError("items", form)
         return value
 
@@ -132,9 +133,9 @@ def layers_in(shape: RouterShape, layers: tuple[int, int] | None) -> np.ndarray:
     Raises:
         RequestError: the range is empty, leaves the model or holds no MoE layer.
     """
-    numbers = np.array(shape.layers)
     if layers is None:
-        return np.ones(len(numbers), bool)
+        return np.ones(len(shape.layers), bool)
+    numbers = np.array(shape.layers)
     first, last = layers
     end = shape.num_hidden_layers - 1
     if not 0 <= first <= last <= end:

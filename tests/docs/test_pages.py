@@ -8,9 +8,10 @@ import pytest
 
 from moe_tta.settings import EngineSettings
 from moe_tta.strategies import PAIRS, STRATEGIES
+from moe_tta.vllm_plugin.families import FAMILIES, REFUSED
 from moe_tta.vllm_plugin.limits import _reasons
-from moe_tta.vllm_plugin.model_shape import FAMILIES
 from tests.docs.blocks import FENCE, PAGES, ROOT
+from tests.families import table
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -52,9 +53,13 @@ def test_settings_are_documented():
 
 
 def test_families_are_documented():
-    for page in ("README.md", "docs/limits.md"):
-        for family in FAMILIES:
-            assert f"`{family}`" in read(page), family
+    """`python -m tests.families` prints the table that the page must hold."""
+    page = read("docs/families.md")
+    assert "\n".join(table()) in page
+    for family in (*FAMILIES, *REFUSED):
+        assert f"`{family}`" in page, family
+    assert "docs/families.md" in read("README.md")
+    assert "families.md" in read("docs/limits.md")
 
 
 def test_refused_set_ups_are_documented():
@@ -64,6 +69,7 @@ def test_refused_set_ups_are_documented():
 
     config = SimpleNamespace(
         parallel_config=Everything(),
+        device_config=SimpleNamespace(device_type="cpu"),
         speculative_config=1,
         lora_config=1,
         kv_transfer_config=1,

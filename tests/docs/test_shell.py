@@ -54,6 +54,19 @@ def check_server(words):
     EngineSettings.read((args.additional_config or {}).get("moe_tta", {}))
 
 
+def check_overhead(words):
+    from benchmarks.overhead import __main__ as overhead
+    from benchmarks.overhead import serve
+
+    match words:
+        case ["serve", *rest]:
+            serve.parser().parse_args(rest)
+        case ["draw", file]:
+            assert file.endswith(".json")
+        case _:
+            overhead.parser().parse_args(words)
+
+
 def check_curl(words):
     body = json.loads(words[words.index("-d") + 1])
     parse(body["vllm_xargs"]["moe_tta"], presets={})
@@ -69,6 +82,8 @@ def check(words):
             check_server(["--model", model, *rest])
         case ["python", "-m", "vllm.entrypoints.openai.api_server", *rest]:
             check_server(rest)
+        case ["python", "-m", "benchmarks.overhead", *rest]:
+            check_overhead(rest)
         case ["curl", *rest]:
             check_curl(rest)
         case ["pip", "install", "-e", "."]:

@@ -29,7 +29,9 @@ NEUTRAL = {"k_min": 1, "scale": 1}
 
 def slot_values(table, slot, layer):
     return {
-        name: view[slot].tolist() for name, view in table.layer(layer)._asdict().items()
+        name: view[slot].tolist()
+        for name, view in table.layer(layer)._asdict().items()
+        if name != "packed"
     }
 
 
@@ -40,6 +42,8 @@ def neutral_values():
 def test_new_slots_are_neutral():
     table = PlanTable(SHAPE, 2, "cpu")
     for name, view in table.layer(1)._asdict().items():
+        if name == "packed":
+            continue
         assert (view == NEUTRAL.get(name, 0)).all()
     assert table.features(2) == Features.NONE
 
@@ -113,6 +117,7 @@ def test_feature_of_a_single_layer_counts():
 def test_types_and_size():
     table = PlanTable(SHAPE, 2, "cpu")
     types = {name: view.dtype for name, view in table.layer(0)._asdict().items()}
+    assert types.pop("packed") == torch.uint8
     floats = ("bias", "target", "scale", "mix", "select_args")
     integers = ("select", "k_min", "k_max", "renorm")
     assert types == {
@@ -121,5 +126,6 @@ def test_types_and_size():
         **dict.fromkeys(floats, torch.float32),
         **dict.fromkeys(integers, torch.int32),
     }
-    per_row = 4 * (1 + 3 * 4) + 4 * (1 + 4 + 3) + 8
-    assert table.nbytes == 3 * 3 * per_row
+    numbers, arrays = 8 + 4 * (1 + 4 + 3), 4 * (3 * 4 + 1)
+    assert (numbers, arrays) == (40, 52)  # each padded to 16
+    assert table.nbytes == 3 * 3 * (48 + 64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs `triton_cases.py` in a process of its own: interpreted where there is no GPU.
+"""Runs Triton cases in a process of their own: interpreted where there is no GPU.
 
 Triton chooses to interpret when it is imported, and other tests may have imported it.
 """
@@ -13,19 +13,20 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-CASES = Path(__file__).with_name("triton_cases.py")
+ROOT = Path(__file__).parents[2]
 
 
-def test_triton_kernel_equals_the_law():
+@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_random.py"])
+def test_triton_kernel_equals_the_law(cases):
     env = dict(os.environ, OMP_NUM_THREADS="1")
     env.pop("TRITON_INTERPRET", None)
     if not torch.cuda.is_available():
         env["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(CASES)],
+        [*command, f"tests/kernels/{cases}"],
         env=env,
-        cwd=CASES.parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run an engine in a process of its own and print what it generated, as JSON.
+"""Run engines in a process of its own and write what they generated, as JSON.
 
-`python -m tests.plugin.stock MODEL JOB.json`; with MOE_TTA_DISABLE=1 it is stock vLLM.
+`python -m tests.plugin.stock JOB OUT`; with MOE_TTA_DISABLE=1 it is stock vLLM.
 """
 
 import json
@@ -10,31 +10,39 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.plugin.engine import generate, make_engine
+from tests.plugin.engine import engine, generate
 
 
 def run_stock(model, prompts, sampling, tmp_path, engine=None):
     """Return what stock vLLM generates: [(token_ids, logprobs), ...]."""
+    return run_stocks([model], prompts, sampling, tmp_path, engine)[0]
+
+
+def run_stocks(models, prompts, sampling, tmp_path, engine=None):
+    """Return what stock vLLM generates with each model, one engine after the other."""
     job = Path(tmp_path) / "job.json"
     out = Path(tmp_path) / "out.json"
-    job.write_text(
-        json.dumps({"prompts": prompts, "sampling": sampling, "engine": engine or {}})
-    )
+    fields = {"models": models, "prompts": prompts, "sampling": sampling}
+    job.write_text(json.dumps({**fields, "engine": engine or {}}))
     subprocess.run(
-        [sys.executable, "-m", "tests.plugin.stock", model, job, out],
+        [sys.executable, "-m", "tests.plugin.stock", job, out],
         check=True,
         env={**os.environ, "MOE_TTA_DISABLE": "1"},
         cwd=Path(__file__).parents[2],
     )
-    return [tuple(row) for row in json.loads(out.read_text())]
+    found = json.loads(out.read_text())
+    return [[tuple(row) for row in rows] for rows in found]
 
 
-def main(model, job, out):
+def main(job, out):
     job = json.loads(Path(job).read_text())
-    llm = make_engine(model, **job["engine"])
-    assert not hasattr(llm.llm_engine.input_processor, "moe_tta")
-    rows = generate(llm, job["prompts"], [job["sampling"]] * len(job["prompts"]))
-    Path(out).write_text(json.dumps(rows))
+    params = [job["sampling"]] * len(job["prompts"])
+    found = []
+    for model in job["models"]:
+        with engine(model, **job["engine"]) as llm:
+            assert not hasattr(llm.llm_engine.input_processor, "moe_tta")
+            found.append(generate(llm, job["prompts"], params))
+    Path(out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from vllm.v1.request import RequestStatus
 from moe_tta.settings import EngineSettings, SettingsError
 from moe_tta.vllm_plugin import pair_limits, upstream
 from moe_tta.vllm_plugin.pairs import FOLLOWER
+from moe_tta.vllm_plugin.plan_cache import PlanCache
 from tests.plugin.engine import engine, generate, sampling, status
 from tests.plugin.test_contrast_crowd import check_empty, scheduler_of
 from tests.plugin.test_isolation import counters
@@ -100,12 +101,13 @@ def test_refused_engines(llm, monkeypatch, section, options, words):
     owner = config if section is None else getattr(config, section)
     for name, value in options.items():
         monkeypatch.setattr(owner, name, value)
+    admission = llm.llm_engine.input_processor.moe_tta
+    monkeypatch.setattr(admission, "cache", PlanCache())
     with pytest.raises(VLLMValidationError, match=words) as error:
         generate(llm, [PROMPT], [sampling(4, CONTRAST)])
     assert error.value.parameter == "moe_tta.contrast"
     # what the operator registers is refused when the engine starts
     settings = EngineSettings.read({"presets": {"keen": CONTRAST}})
-    admission = llm.llm_engine.input_processor.moe_tta
     monkeypatch.setattr(admission, "settings", settings)
     with pytest.raises(SettingsError, match=rf"presets.keen.*{words}"):
         admission._check_registered()

@@ -23,22 +23,29 @@ PARALLEL = {
     "prefill_context_parallel_size": 1,
     "decode_context_parallel_size": 1,
     "tensor_parallel_size": 1,
-    "enable_expert_parallel": False,
+    "enable_eplb": False,
+    "use_sequence_parallel_moe": False,
     "use_ubatching": False,
 }
 CONFIG = {"speculative_config": None, "lora_config": None, "kv_transfer_config": None}
 
 
-def refusal(parallel=(), config=(), monolithic=False):
+def refusal(parallel=(), config=(), monolithic=False, device="cuda"):
     vllm_config = SimpleNamespace(
         **{**CONFIG, **dict(config)},
+        device_config=SimpleNamespace(device_type=device),
         parallel_config=SimpleNamespace(**{**PARALLEL, **dict(parallel)}),
     )
     refuse_unsupported(vllm_config, [SimpleNamespace(is_monolithic=monolithic)])
 
 
-def test_plain_set_up_is_accepted():
-    refusal()
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plain_set_up_is_accepted(device):
+    refusal(device=device)
+
+
+def test_tensor_parallelism_is_accepted_on_gpus():
+    refusal({"tensor_parallel_size": 2})
 
 
 @pytest.mark.parametrize(
@@ -46,8 +53,12 @@ def test_plain_set_up_is_accepted():
     [
         ({"parallel": {"pipeline_parallel_size": 2}}, "pipeline"),
         ({"parallel": {"data_parallel_size": 2}}, "data parallelism"),
-        ({"parallel": {"tensor_parallel_size": 2}}, "tensor parallelism"),
-        ({"parallel": {"enable_expert_parallel": True}}, "expert parallelism"),
+        (
+            {"parallel": {"tensor_parallel_size": 2}, "device": "cpu"},
+            "tensor parallelism on CPU",
+        ),
+        ({"parallel": {"enable_eplb": True}}, "expert load balancing"),
+        ({"parallel": {"use_sequence_parallel_moe": True}}, "sequence-parallel"),
         ({"parallel": {"use_ubatching": True}}, "micro-batching"),
         ({"config": {"speculative_config": object()}}, "speculative"),
         ({"config": {"lora_config": object()}}, "LoRA"),
@@ -69,8 +80,8 @@ def test_other_vllm_versions_fail_closed():
 
 
 def test_unknown_family_is_refused():
-    config = AutoConfig.for_model("granitemoe", num_local_experts=8)
-    with pytest.raises(UnsupportedModelError, match=r"granitemoe.*supported: mixtral"):
+    config = AutoConfig.for_model("jamba", num_experts=8)
+    with pytest.raises(UnsupportedModelError, match=r"jamba.*known: deepseek_v2"):
         shape_from_config(config)
 
 

@@ -134,12 +134,12 @@ def test_crash_is_a_red_row(tiny_models, break_engines):
 
 def test_unsupported_models_are_refused(tmp_path):
     config = {
-        "architectures": ["GraniteMoeForCausalLM"],
-        "model_type": "granitemoe",
-        "num_local_experts": 8,
+        "architectures": ["JambaForCausalLM"],
+        "model_type": "jamba",
+        "num_experts": 8,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     result, rows = verify(str(tmp_path))
     assert result.exit_code == 1
     assert rows == {}
-    assert "does not know the routers of model type 'granitemoe'" in result.stderr
+    assert "does not know the routers of model type 'jamba'" in result.stderr

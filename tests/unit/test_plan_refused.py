@@ -2,6 +2,7 @@
 """Which plans a model refuses, and with what words."""
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -195,3 +196,24 @@ def test_refusals_say_why(shape, plan, message):
 )
 def test_limits_themselves_are_valid(shape, plan):
     plan.validate(shape)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, GROUPED])
+def test_too_few_allowed_in_the_worst_groups(shape):
+    rng = np.random.default_rng(0)
+    groups, chosen = shape.num_expert_group, shape.topk_group
+    for _ in range(300):
+        allow = rng.random((L, E)) < rng.random((L, 1))
+        fewest = []
+        for row in allow.reshape(L, groups, -1).sum(axis=2):
+            filled = [count for count in row if count]
+            picks = itertools.combinations(filled, min(chosen, len(filled)))
+            fewest.append(min(sum(pick) for pick in picks))
+        short = [n for n, count in enumerate(fewest) if count < shape.top_k]
+        plan = RoutingPlan(allow=allow)
+        if not short:
+            plan.validate(shape)
+            continue
+        words = f"layer {shape.layers[short[0]]}: {fewest[short[0]]} experts stay"
+        with pytest.raises(PlanError, match=words):
+            plan.validate(shape)

@@ -67,7 +67,7 @@ def _select(
     args = np.zeros((len(covered), NUM_SELECT_ARGS), np.float32)
     args[covered, 0] = argument
     return RoutingPlan(
-        select=np.where(covered, select, Select.MODEL).astype(np.int32),
+        select=np.where(covered, int(select), int(Select.MODEL)).astype(np.int32),
         k_min=np.where(covered, k_min, 1).astype(np.int32),
         k_max=np.where(covered, k_max, 0).astype(np.int32),
         select_args=args,

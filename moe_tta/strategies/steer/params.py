@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, Strict
@@ -19,18 +20,13 @@ INLINE = ("promote", "demote", "allow", "bias", "scale", "drop")
 
 
 def _no_repeats(entries: tuple[Any, ...]) -> tuple[Any, ...]:
-    seen = set()
-    for entry in entries:
-        if isinstance(entry, tuple):
-            key, what = entry[:2], f"layer {entry[0]} expert {entry[1]}"
-        else:
-            key, what = entry, f"expert {entry}"
-        if key in seen:
-            raise PydanticCustomError(
-                "repeated", "{what} is listed twice", {"what": what[:80]}
-            )
-        seen.add(key)
-    return entries
+    pairs = bool(entries) and isinstance(entries[0], tuple)
+    keys = [entry[:2] for entry in entries] if pairs else entries
+    if len(set(keys)) == len(keys):
+        return entries
+    key = next(key for key, times in Counter(keys).items() if times > 1)
+    what = f"layer {key[0]} expert {key[1]}" if pairs else f"expert {key}"
+    raise PydanticCustomError("repeated", "{what} is listed twice", {"what": what[:80]})
 
 
 def _layer_key(key: Any) -> Any:

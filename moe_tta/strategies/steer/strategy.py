@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,18 +70,24 @@ def _add_inline(
     fields: Fields, params: SteerParams, shape: RouterShape, covered: np.ndarray
 ) -> None:
     """Write the inline edits over the mask's, expert by expert."""
+    covered_layers = zip(shape.layers, covered.tolist(), strict=True)
+    row_of = {layer: row for row, (layer, ours) in enumerate(covered_layers) if ours}
     for name in LISTS:
-        for index, (layer, expert, *value) in enumerate(getattr(params, name)):
-            row = _row(layer, shape, covered, f"{name}[{index}]")
-            _check_expert(expert, shape, f"{name}[{index}]")
-            _array(fields, name, shape)[row, expert] = value[0] if value else True
+        if entries := getattr(params, name):
+            layers, experts, *values = zip(*entries, strict=True)
+            rows = [row_of.get(layer) for layer in layers]
+            if None in rows or not _all_known(experts, shape):
+                raise _first_wrong(name, layers, experts, row_of, shape)
+            _array(fields, name, shape)[rows, experts] = values[0] if values else True
     for layer, experts in params.allow.items():
-        row = _row(layer, shape, covered, f"allow.{layer}")
-        for index, expert in enumerate(experts):
-            _check_expert(expert, shape, f"allow.{layer}[{index}]")
+        if layer not in row_of:
+            raise _wrong_layer(layer, shape, f"allow.{layer}")
+        if not _all_known(experts, shape):
+            layers = [layer] * len(experts)
+            raise _first_wrong(f"allow.{layer}", layers, experts, row_of, shape)
         allow = _array(fields, "allow", shape)
-        allow[row] = False
-        allow[row, list(experts)] = True
+        allow[row_of[layer]] = False
+        allow[row_of[layer], list(experts)] = True
 
 
 def _array(fields: Fields, name: str, shape: RouterShape) -> np.ndarray:
@@ -91,30 +98,39 @@ def _array(fields: Fields, name: str, shape: RouterShape) -> np.ndarray:
     return fields[name]
 
 
-def _row(layer: int, shape: RouterShape, covered: np.ndarray, path: str) -> int:
-    """Return where a decoder layer stands in the plan's arrays."""
+def _all_known(experts: Sequence[int], shape: RouterShape) -> bool:
+    return not experts or (min(experts) >= 0 and max(experts) < shape.num_experts)
+
+
+def _first_wrong(
+    name: str,
+    layers: Sequence[int],
+    experts: Sequence[int],
+    row_of: Mapping[int, int],
+    shape: RouterShape,
+) -> RequestError:
+    """Name the first entry of a list that does not fit."""
+    index = next(
+        index
+        for index, (layer, expert) in enumerate(zip(layers, experts, strict=True))
+        if layer not in row_of or not _all_known([expert], shape)
+    )
+    path = f"{name}[{index}]"
+    if layers[index] not in row_of:
+        return _wrong_layer(layers[index], shape, path)
+    expert = experts[index]
+    message = f"expected an expert 0..{shape.num_experts - 1}, got {show(expert)}"
+    return RequestError(message, path, expert)
+
+
+def _wrong_layer(layer: int, shape: RouterShape, path: str) -> RequestError:
+    message = f"layer {layer} lies outside the request's own layers"
     if layer not in shape.layers:
-        raise RequestError(
+        message = (
             f"expected an MoE layer of this model ({as_ranges(shape.layers)}), "
-            f"got {show(layer)}",
-            path,
-            layer,
+            f"got {show(layer)}"
         )
-    row = shape.layers.index(layer)
-    if not covered[row]:
-        raise RequestError(
-            f"layer {layer} lies outside the request's own layers", path, layer
-        )
-    return row
-
-
-def _check_expert(expert: int, shape: RouterShape, path: str) -> None:
-    if not 0 <= expert < shape.num_experts:
-        raise RequestError(
-            f"expected an expert 0..{shape.num_experts - 1}, got {show(expert)}",
-            path,
-            expert,
-        )
+    return RequestError(message, path, layer)
 
 
 def _check_promoted(fields: Fields, params: SteerParams, shape: RouterShape) -> None:

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of the routing kernel by the model's own rule, as stock vLLM rounds them.
+
+vLLM's `topk_softmax` (csrc/libtorch_stable/moe/topk_softmax_kernels.cu, 0.32.0) ranks
+the float32 softmax, whose sum it takes in an order that depends on how a row is spread
+over threads. The same order gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from moe_tta.kernels.route_ranks import INF
+
+_WARP = 32
+_BLOCK = 256
+_CLEARED = tl.constexpr(-10000.0)  # below every score
+
+
+class SumOrder(NamedTuple):
+    """How stock vLLM spreads one row's experts over threads.
+
+    Each of `THREADS` sums `LOADS` runs of `RUN` neighbouring experts, one after the
+    other; then sums of threads meet in a tree. `IN_WARP`: one warp or less holds the
+    row, and halves meet (butterfly); otherwise a block of `THREADS` holds it,
+    neighbours meet in each warp, and warps follow one another.
+    """
+
+    RUN: int
+    THREADS: int
+    LOADS: int
+    IN_WARP: bool
+
+    @staticmethod
+    def of(num_experts: int, dtype: torch.dtype) -> SumOrder:
+        """Return the order for a row of `num_experts` logits of `dtype`."""
+        size = dtype.itemsize
+        if num_experts & (num_experts - 1) == 0 and num_experts <= 512:
+            run = min(16 // size, num_experts)
+        elif num_experts in (192, 320, 384, 448, 576):
+            run = 8 // size if size == 4 else 4 // size
+        else:
+            return SumOrder(1, _BLOCK, -(-num_experts // _BLOCK), False)
+        loads = max(1, num_experts // (run * _WARP))
+        return SumOrder(run, num_experts // (run * loads), loads, True)
+
+
+@triton.jit
+def route_model_rows(
+    weights_ptr,  # [ROWS, WIDTH] f32
+    ids_ptr,  # [ROWS, WIDTH] int32
+    logits,  # [ROWS, BLOCK_E] f32
+    logits_ptr,  # the same, [ROWS, >= E]
+    row_stride,
+    column_stride,
+    live,  # [ROWS], rows that exist
+    top_k,
+    ROWS: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    RENORMALIZES: tl.constexpr,
+    SKIP_UNUSED: tl.constexpr,
+    RUN: tl.constexpr,
+    THREADS: tl.constexpr,
+    LOADS: tl.constexpr,
+    IN_WARP: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Write all columns of neighbouring rows."""
+    experts = tl.arange(0, BLOCK_E)[None, :]
+    rows = tl.arange(0, ROWS)[:, None]
+    logits = tl.where(experts < E, logits, -INF)
+    best = tl.max(logits, axis=1)[:, None]
+
+    threads = tl.arange(0, THREADS)[None, :]
+    logits_ptr += rows.to(tl.int64) * row_stride
+    sums = tl.zeros([ROWS, THREADS], tl.float32)
+    for load in tl.static_range(LOADS):
+        for step in tl.static_range(RUN):
+            column = (load * THREADS + threads) * RUN + step
+            where = logits_ptr + column.to(tl.int64) * column_stride
+            mask = live[:, None] & (column < E)
+            part = tl.load(where, mask=mask, other=-INF).to(tl.float32)
+            sums += _exp(part - best, EXACT)
+    if IN_WARP:
+        total = _sum_halves(sums, ROWS, THREADS)
+    else:
+        total = _sum_block(sums, ROWS, THREADS)
+
+    scores = _exp(logits - best, EXACT) * tl.div_rn(1.0, total)[:, None]
+    # as vLLM: NaN and infinity count as 0
+    scores = tl.where(tl.abs(scores) < INF, scores, 0.0)
+    scores = tl.where(experts < E, scores, _CLEARED)
+    tail = tl.arange(0, BLOCK_W)[None, :]
+    weights = tl.zeros([ROWS, BLOCK_W], tl.float32)
+    ids = tl.full([ROWS, BLOCK_W], -1, tl.int32)
+    chosen = tl.zeros([ROWS], tl.float32)
+    for rank in range(top_k):
+        top, pick = tl.max(
+            scores, axis=1, return_indices=True, return_indices_tie_break_left=True
+        )
+        # the first id stands in unused columns too, until others overwrite it
+        taken = tail == rank
+        if not SKIP_UNUSED:
+            taken = taken | (rank == 0)
+        ids = tl.where(taken, pick[:, None], ids)
+        weights = tl.where(tail == rank, top[:, None], weights)
+        scores = tl.where(experts == pick[:, None], _CLEARED, scores)
+        chosen += top
+    if RENORMALIZES:
+        weights *= tl.div_rn(1.0, tl.where(chosen > 0, chosen, 1.0))[:, None]
+    cells = rows * WIDTH + tail
+    mask = live[:, None] & (tail < WIDTH)
+    tl.store(weights_ptr + cells, weights, mask=mask)
+    tl.store(ids_ptr + cells, ids, mask=mask)
+
+
+@triton.jit
+def _sum_halves(sums, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """Add the upper half to the lower one until one number a row is left."""
+    for level in tl.static_range(10):
+        if COUNT >> level > 1:
+            sums = tl.reshape(sums, [ROWS, 2, COUNT >> (level + 1)])
+            sums = tl.sum(sums, axis=1)
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
+def _sum_block(sums, ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """Add neighbours within each warp of 32, then the warps one after the other."""
+    for level in tl.static_range(5):
+        sums = tl.reshape(sums, [ROWS, COUNT >> (level + 1), 2])
+        sums = tl.sum(sums, axis=2)
+    warps = tl.arange(0, COUNT // 32)[None, :]
+    total = tl.zeros([ROWS], tl.float32)
+    for warp in tl.static_range(COUNT // 32):
+        total += tl.sum(tl.where(warps == warp, sums, 0.0), axis=1)
+    return total
+
+
+@triton.jit
+def _exp(values, EXACT: tl.constexpr):
+    """CUDA's `expf`, where Triton's own is an approximation; NumPy interpreted."""
+    if EXACT:
+        return libdevice.exp(values)
+    return tl.exp(values)
