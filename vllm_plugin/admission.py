@@ -233,10 +233,15 @@ def check_admitted(request: Any) -> None:
         VLLMValidationError: it was built by hand; a worker could not read it.
     """
     params = request.sampling_params
-    wire = (params.extra_args or {}).get(PARAMETER) if params is not None else None
-    if wire is not None and not (isinstance(wire, dict) and "segments" in wire):
-        message = "expected a prompt, not an EngineCoreRequest built by hand"
-        raise compat.request_error(RequestError(message, PARAMETER))
+    extra_args = (params.extra_args or {}) if params is not None else {}
+    for key, looks_compiled in (
+        (PARAMETER, lambda wire: "segments" in wire),
+        (PAIR, Ask.is_wire),
+    ):
+        wire = extra_args.get(key)
+        if wire is not None and not (isinstance(wire, dict) and looks_compiled(wire)):
+            message = "expected a prompt, not an EngineCoreRequest built by hand"
+            raise compat.request_error(RequestError(message, key))
 
 
 def _prompt_len(request: Any) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 PAIR = "moe_tta_pair"
@@ -36,6 +36,11 @@ class Ask:
     def to_wire(self) -> dict[str, Any]:
         """Return plain types that msgpack can carry to the engine."""
         return {**asdict(self), "numbers": list(self.numbers)}
+
+    @staticmethod
+    def is_wire(wire: dict[str, Any]) -> bool:
+        """Whether `to_wire` could have written this."""
+        return wire.keys() == {field.name for field in fields(Ask)}
 
     @staticmethod
     def take(request: Any) -> Ask | None:

@@ -233,3 +233,19 @@ def test_clients_cannot_write_links(llm, extra):
     params.extra_args = extra
     with pytest.raises(VLLMValidationError, match="unknown parameter"):
         generate(llm, [PROMPT], [params])
+
+
+def test_asks_written_by_hand_are_refused(llm):
+    """The scheduler must never meet one that admission has not made."""
+    core = llm.llm_engine
+    made = core.input_processor.process_inputs(
+        "a",
+        {"prompt_token_ids": PROMPT},
+        sampling(2, CONTRAST),
+        core.get_supported_tasks(),
+    )
+    assert set(made.sampling_params.extra_args) == {"moe_tta_pair"}
+    made.sampling_params.extra_args = {"moe_tta_pair": {"combination": "contrast"}}
+    with pytest.raises(VLLMValidationError, match="built by hand") as error:
+        core.add_request("a", made, made.sampling_params)
+    assert error.value.parameter == "moe_tta_pair"
