@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +16,8 @@ from moe_tta.errors import RequestError
 from moe_tta.plan import PlanError, Renorm, RoutingPlan, merge
 from moe_tta.shape import RouterShape
 from moe_tta.spans import SEGMENTS, span_segments
-from moe_tta.spec import PARAMETER, RequestSpec
-from moe_tta.strategies import STRATEGIES, PlanContext
+from moe_tta.spec import RequestSpec
+from moe_tta.strategies import PAIRS, STRATEGIES, PlanContext
 
 SALT_PREFIX = "moe-tta:"
 WIRE_FORMAT = 1
@@ -30,14 +30,16 @@ class CompiledRequest:
     Attributes:
         plans: One per `SEGMENTS`; `None` is the model's own rule.
         cached: Whether each segment's plan can change the KV cache.
+        pair: The second stream, if the request asks for one.
     """
 
     plans: tuple[RoutingPlan | None, RoutingPlan | None, RoutingPlan | None]
     cached: tuple[bool, bool, bool]
+    pair: CompiledPair | None = None
 
     @property
     def neutral(self) -> bool:
-        """Whether the request leaves every row to the model."""
+        """Whether the request leaves every row of its own to the model."""
         return not any(self.plans)
 
     def salt(self, prompt_len: int, client_salt: str | None) -> str | None:
@@ -76,7 +78,8 @@ class CompiledRequest:
     @property
     def nbytes(self) -> int:
         """Memory of the plans' arrays, and of their bytes as `to_wire` keeps them."""
-        return 2 * sum(len(data) for data in self._plan_bytes.values())
+        own = 2 * sum(len(data) for data in self._plan_bytes.values())
+        return own if self.pair is None else own + self.pair.weak.nbytes
 
     @cached_property
     def _plan_bytes(self) -> dict[str, bytes]:
@@ -107,6 +110,21 @@ class CompiledRequest:
         return CompiledRequest(tuple(chosen), tuple(wire["cached"]))
 
 
+@dataclass(frozen=True)
+class CompiledPair:
+    """A request's second stream and how the two streams' logits are combined.
+
+    Attributes:
+        combination: Name in `kernels.contrast.COMBINE`.
+        numbers: What the combination takes.
+        weak: The second stream's routing.
+    """
+
+    combination: str
+    numbers: tuple[float, ...]
+    weak: CompiledRequest
+
+
 def check_client_salt(client_salt: str | None) -> None:
     """Refuse a client's salt that could name another request's steered KV.
 
@@ -122,11 +140,23 @@ def check_client_salt(client_salt: str | None) -> None:
 
 
 def compile_request(spec: RequestSpec, context: PlanContext) -> CompiledRequest:
-    """Write, merge and check the plans of a request.
+    """Write, merge and check the plans of a request, of both streams of a pair.
 
     Raises:
         RequestError: the model's routers cannot honour the request.
     """
+    compiled = _compile_stream(spec, context)
+    if spec.pair is None:
+        return compiled
+    try:
+        weak = _compile_stream(spec.pair.weak, context)
+    except RequestError as err:
+        raise err.renamed(spec.pair.shorthands) from err
+    combination, numbers = PAIRS[spec.pair.name].combination(spec.pair.params)
+    return replace(compiled, pair=CompiledPair(combination, numbers, weak))
+
+
+def _compile_stream(spec: RequestSpec, context: PlanContext) -> CompiledRequest:
     shape = context.shape
     written = {name: _plan_of(name, spec, context) for name in spec.members}
     everywhere = RoutingPlan()
@@ -152,7 +182,7 @@ def _plan_of(name: str, spec: RequestSpec, context: PlanContext) -> RoutingPlan:
     try:
         return STRATEGIES[name].plan(spec.members[name], context)
     except RequestError as err:
-        raise err.under(f"{PARAMETER}.{name}") from err
+        raise err.under(f"{spec.root}.{name}") from err
 
 
 def _merged(
@@ -181,11 +211,11 @@ def _blame(
         for member, array in plan.arrays().items():
             alone = RoutingPlan(**{member: array})
             if member in given and _is_wrong(alone, shape):
-                return str(err), f"{PARAMETER}.{name}.{member}"
+                return str(err), f"{spec.root}.{name}.{member}"
         if _is_wrong(plan, shape):
-            return str(err), f"{PARAMETER}.{name}"
+            return str(err), f"{spec.root}.{name}"
     names = " and ".join(parts)
-    return f"{names} clash where their spans overlap: {err}", PARAMETER
+    return f"{names} clash where their spans overlap: {err}", spec.root
 
 
 def _is_wrong(plan: RoutingPlan, shape: RouterShape) -> bool:

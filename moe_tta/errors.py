@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -50,6 +50,12 @@ class RequestError(ValueError):
     def under(self, root: str) -> RequestError:
         """Return the same error with `root` put before the parameter's path."""
         moved = RequestError(self.message, join_path(root, [self.parameter]))
+        moved.value = self.value
+        return moved
+
+    def renamed(self, paths: Mapping[str, str]) -> RequestError:
+        """Return the same error with its path as the user wrote it, if it differs."""
+        moved = RequestError(self.message, paths.get(self.parameter, self.parameter))
         moved.value = self.value
         return moved
 

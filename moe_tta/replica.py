@@ -57,8 +57,9 @@ def routed(
     shape: RouterShape,
     segments: Sequence[RoutingPlan | None],
     prompt_len: int,
+    start: int = 0,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Let forward passes of one sequence from position 0 obey plans.
+    """Let forward passes of one sequence obey plans.
 
     Args:
         model: A transformers MoE causal language model.
@@ -66,6 +67,7 @@ def routed(
         segments: Plans of the prompt's body, its last token and generated tokens;
             `None` is the model's own rule.
         prompt_len: Number of prompt tokens.
+        start: Position of each pass's first token; more than 0 with a KV cache.
 
     Yields:
         A list that each forward pass fills with one record a layer: `router_logits`
@@ -85,7 +87,7 @@ def routed(
 
         def replaced(module, inputs, output):
             logits, stock_weights, stock_ids = (output[place] for place in order)
-            positions = torch.arange(logits.shape[0])
+            positions = torch.arange(start, start + logits.shape[0])
             slots = 1 + (positions >= prompt_len - 1).int() + (positions >= prompt_len)
             weights, ids = route(
                 logits.float(),

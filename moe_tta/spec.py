@@ -4,52 +4,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
-from pydantic import create_model as _create_model
+from pydantic import StringConstraints
 
-from moe_tta.errors import RequestError, did_you_mean, from_validation, show
-from moe_tta.strategies import STRATEGIES, StrategyParams
+from moe_tta.errors import RequestError, did_you_mean, show
+from moe_tta.spec_tree import PARAMETER, RequestSpec, from_tree
 
-PARAMETER = "moe_tta"
 MAX_JSON_CHARS = 1 << 20  # a dense bias over 58 x 256 experts fits
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"  # of presets and artefacts
 
 Name = Annotated[str, StringConstraints(pattern=NAME)]
-RenormName = Literal["model", "always", "never"]
-
-
-@dataclass(frozen=True)
-class RequestSpec:
-    """A well-formed request, not yet checked against a model.
-
-    Attributes:
-        members: Parameters of the strategies the request names.
-        renorm: Applies to every layer and position, whatever the strategies' spans.
-        preset: The operator's preset it came from, if it did.
-    """
-
-    members: Mapping[str, StrategyParams] = field(default_factory=dict)
-    renorm: RenormName = "model"
-    preset: str | None = None
-
-
-class _Common(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    renorm: RenormName = "model"
-
-
-_RequestObject = _create_model(
-    "RequestObject",
-    __base__=_Common,
-    **{name: (item.params | None, None) for name, item in STRATEGIES.items()},
-)
 
 
 def parse(value: Any, *, presets: Mapping[str, RequestSpec]) -> RequestSpec:
@@ -99,7 +67,7 @@ def parse_text(text: str, *, presets: Mapping[str, RequestSpec]) -> RequestSpec:
     """
     if _is_name(text):
         return _preset(text, presets)
-    return _from_tree(_load(text))
+    return from_tree(_load(text))
 
 
 def check_inline(spec: RequestSpec, allow_inline: bool) -> None:
@@ -113,13 +81,15 @@ def check_inline(spec: RequestSpec, allow_inline: bool) -> None:
     """
     if allow_inline or spec.preset is not None:
         return
-    for name, params in spec.members.items():
-        for member in params.inline_edits():
-            raise RequestError(
-                "this server refuses inline expert edits; use a mask or preset of "
-                "the operator, who can also set allow_inline in --additional-config",
-                f"{PARAMETER}.{name}.{member}",
-            )
+    for stream in (spec, spec.pair.weak) if spec.pair else (spec,):
+        for name, params in stream.members.items():
+            for member in params.inline_edits():
+                raise RequestError(
+                    "this server refuses inline expert edits; use a mask or preset "
+                    "of the operator, who can also set allow_inline in "
+                    "--additional-config",
+                    f"{stream.root}.{name}.{member}",
+                )
 
 
 def _is_name(text: str) -> bool:
@@ -134,25 +104,6 @@ def _preset(name: str, presets: Mapping[str, RequestSpec]) -> RequestSpec:
             name,
         )
     return presets[name]
-
-
-def _from_tree(tree: Any) -> RequestSpec:
-    try:
-        given = _RequestObject.model_validate(tree)
-    except ValidationError as err:
-        raise from_validation(err, PARAMETER, _members) from None
-    members = {
-        name: params
-        for name in STRATEGIES
-        if (params := getattr(given, name)) is not None
-    }
-    return RequestSpec(members, given.renorm)
-
-
-def _members(loc: tuple[str | int, ...]) -> Collection[str]:
-    """Return the names the object at `loc` may hold."""
-    model = STRATEGIES[str(loc[0])].params if loc else _RequestObject
-    return model.model_fields.keys()
 
 
 def _load(text: str) -> Any:

@@ -8,14 +8,28 @@ from collections.abc import Iterable
 from typing import Any
 
 from moe_tta.artefact import Artefact, load_artefact
-from moe_tta.compile import CompiledRequest, check_client_salt, compile_request
+from moe_tta.compile import (
+    CompiledPair,
+    CompiledRequest,
+    check_client_salt,
+    compile_request,
+)
 from moe_tta.errors import RequestError
 from moe_tta.settings import ROOT, SettingsError
-from moe_tta.spec import PARAMETER, as_text, check_inline, parse, parse_text
+from moe_tta.spec import (
+    PARAMETER,
+    RequestSpec,
+    as_text,
+    check_inline,
+    parse,
+    parse_text,
+)
 from moe_tta.strategies import PlanContext
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.model_shape import shape_from_config
 from moe_tta.vllm_plugin.options import read_settings
+from moe_tta.vllm_plugin.pair_limits import engine_reason, request_reason
+from moe_tta.vllm_plugin.pairs import PAIR, Ask
 from moe_tta.vllm_plugin.plan_cache import PlanCache
 
 
@@ -32,6 +46,7 @@ class Admission:
     """
 
     def __init__(self, vllm_config: Any):
+        self.vllm_config = vllm_config
         self.settings = read_settings(vllm_config)
         self.offline = False
         self.cache = PlanCache()
@@ -56,7 +71,7 @@ class Admission:
             specs[f"artefacts.{name}"] = parse({"steer": {"mask": name}}, presets={})
         for where, spec in specs.items():
             try:
-                compile_request(spec, self.context)
+                self._compile_spec(spec)
             except RequestError as err:
                 raise SettingsError(f"{ROOT}.{where}: {err}") from err
 
@@ -94,6 +109,19 @@ class Admission:
                 message = "expected inside vllm_xargs, not beside it"
                 raise compat.request_error(RequestError(message, name))
 
+    def check_beams(self, xargs: Iterable[str]) -> None:
+        """Refuse beam search, which would ignore what the request asks of routing.
+
+        Args:
+            xargs: Names in the body's `vllm_xargs`.
+
+        Raises:
+            VLLMValidationError: one of them is ours.
+        """
+        if PARAMETER in xargs:
+            message = "beam search does not carry it; use n with a temperature"
+            raise compat.request_error(RequestError(message, PARAMETER))
+
     def _check_keys(self, extra_args: dict[str, Any]) -> None:
         for key in extra_args:
             if key != PARAMETER and str(key).replace("-", "_").startswith(PARAMETER):
@@ -123,9 +151,21 @@ class Admission:
         if compiled is None:
             spec = parse_text(text, presets=self.settings.presets)
             check_inline(spec, self.offline or self.settings.allow_inline)
-            compiled = compile_request(spec, self.context)
+            compiled = self._compile_spec(spec)
             self.cache.put(text, compiled)
         return compiled
+
+    def _compile_spec(self, spec: RequestSpec) -> CompiledRequest:
+        """Compile what the model and this engine can honour.
+
+        Raises:
+            RequestError: one of them cannot.
+        """
+        if spec.pair is not None:
+            reason = engine_reason(self.vllm_config)
+            if reason is not None:
+                raise RequestError(reason, f"{PARAMETER}.{spec.pair.name}")
+        return compile_request(spec, self.context)
 
     def without_object(self, params: Any) -> Any:
         """Return `params` without the client's `moe_tta` object, not changed.
@@ -152,16 +192,38 @@ class Admission:
             check_client_salt(own_salt)
         except RequestError as err:
             raise compat.request_error(err) from None
+        pair = None if compiled is None else compiled.pair
+        ask = None if pair is None else self._ask(request, pair, own_salt)
         params = request.sampling_params
-        if params is None or compiled is None or compiled.neutral:
+        if params is None or compiled is None:
             return
         # the caller's dict may be shared between requests: replace, never edit
-        params.extra_args = {
-            **(params.extra_args or {}),
-            PARAMETER: compiled.to_wire(),
-        }
-        salt = compiled.salt(_prompt_len(request), own_salt)
-        request.cache_salt = own_salt if salt is None else salt
+        extra_args = dict(params.extra_args or {})
+        if not compiled.neutral:
+            extra_args[PARAMETER] = compiled.to_wire()
+            salt = compiled.salt(_prompt_len(request), own_salt)
+            request.cache_salt = own_salt if salt is None else salt
+        if ask is not None:
+            extra_args[PAIR] = ask.to_wire()
+        params.extra_args = extra_args or None
+
+    def _ask(self, request: Any, pair: CompiledPair, own_salt: str | None) -> Ask:
+        """Return what the request says about its second stream.
+
+        Raises:
+            VLLMValidationError: a request like this cannot have one.
+        """
+        reason = request_reason(self.vllm_config, request)
+        if reason is not None:
+            raise compat.request_error(RequestError(reason, PARAMETER))
+        weak = pair.weak
+        salt = weak.salt(_prompt_len(request), own_salt)
+        return Ask(
+            combination=pair.combination,
+            numbers=pair.numbers,
+            extra_args={} if weak.neutral else {PARAMETER: weak.to_wire()},
+            cache_salt=own_salt if salt is None else salt,
+        )
 
 
 def check_admitted(request: Any) -> None:
@@ -171,10 +233,15 @@ def check_admitted(request: Any) -> None:
         VLLMValidationError: it was built by hand; a worker could not read it.
     """
     params = request.sampling_params
-    wire = (params.extra_args or {}).get(PARAMETER) if params is not None else None
-    if wire is not None and not (isinstance(wire, dict) and "segments" in wire):
-        message = "expected a prompt, not an EngineCoreRequest built by hand"
-        raise compat.request_error(RequestError(message, PARAMETER))
+    extra_args = (params.extra_args or {}) if params is not None else {}
+    for key, looks_compiled in (
+        (PARAMETER, lambda wire: "segments" in wire),
+        (PAIR, Ask.is_wire),
+    ):
+        wire = extra_args.get(key)
+        if wire is not None and not (isinstance(wire, dict) and looks_compiled(wire)):
+            message = "expected a prompt, not an EngineCoreRequest built by hand"
+            raise compat.request_error(RequestError(message, key))
 
 
 def _prompt_len(request: Any) -> int:

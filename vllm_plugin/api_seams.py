@@ -70,6 +70,8 @@ def watch_http_bodies(original: Callable) -> Callable:
         for body in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
             body.moe_tta = self.input_processor.moe_tta
             wrap(body, "to_sampling_params", _check_body)
+        for body in (ChatCompletionRequest, CompletionRequest):
+            wrap(body, "to_beam_search_params", _refuse_beams)
 
     return init
 
@@ -85,3 +87,13 @@ def _check_body(original: Callable) -> Callable:
         return params
 
     return to_sampling_params
+
+
+def _refuse_beams(original: Callable) -> Callable:
+    """Beam search drops `vllm_xargs`, and our member with it."""
+
+    def to_beam_search_params(self, *args, **kwargs):
+        type(self).moe_tta.check_beams(self.vllm_xargs or {})
+        return original(self, *args, **kwargs)
+
+    return to_beam_search_params

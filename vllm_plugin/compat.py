@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the plugin meets vLLM: its versions, its seams, its small services.
 
-Another version of vLLM is added here and in the two seam files, `api_seams` (the API
-process) and `runner_seams` (workers). Nothing else imports vLLM, but `verify_engine`,
-which uses it as any user does.
+Another version of vLLM is added here, in the two seam files, `api_seams` (the API
+process) and `runner_seams` (workers), and in the scheduler's: `lockstep`,
+`pair_scheduler` and `pairs`, whose reliance on vLLM `upstream` pins. Nothing else
+imports vLLM, but `verify_engine`, which uses it as any user does.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def wrap(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
 
 def install() -> None:
     """Wrap the process-wide seams."""
-    from vllm.config import VllmConfig
+    from vllm.config import SchedulerConfig, VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -63,6 +64,7 @@ def install() -> None:
     wrap(LLMEngine, "__init__", api_seams.mark_offline)
     wrap(AsyncLLM, "__init__", api_seams.watch_http_bodies)
     wrap(VllmConfig, "compute_hash", _hash_with_plugin)
+    wrap(SchedulerConfig, "get_scheduler_cls", _schedule_pairs)
     wrap(WorkerWrapperBase, "init_device", runner_seams.hook_worker)
     WorkerBase.moe_tta_status = runner_seams.worker_status
 
@@ -76,6 +78,29 @@ def _hash_with_plugin(original: Callable) -> Callable:
         return f"{original(self, *args, **kwargs)}-moe_tta{__version__}"
 
     return compute_hash
+
+
+def _schedule_pairs(original: Callable) -> Callable:
+    """Give the engine a scheduler that knows pairs, where this vLLM has one."""
+
+    def get_scheduler_cls(self):
+        from moe_tta.vllm_plugin.pair_limits import scheduler_reason
+
+        scheduler_cls = original(self)
+        reason = scheduler_reason(scheduler_cls)
+        if reason is not None:
+            _warn_once(f"moe-tta refuses requests with contrast: {reason}")
+            return scheduler_cls
+        from moe_tta.vllm_plugin.pair_scheduler import paired
+
+        return paired(scheduler_cls)
+
+    return get_scheduler_cls
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    get_logger(__name__).warning(message)
 
 
 def copy_to_device(source: Any, out: Any) -> None:

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from moe_tta.vllm_plugin.compat import wrap
+from moe_tta.vllm_plugin.cpu_seeds import hide_unused, rewound
+from moe_tta.vllm_plugin.pair_rows import combine, give_followers_tokens
 
 if TYPE_CHECKING:
     from moe_tta.vllm_plugin.worker import WorkerState
@@ -29,17 +32,20 @@ def hook_runner(runner: Any) -> None:
 
     state: WorkerState = WorkerState(runner.vllm_config, runner.device)
     runner.moe_tta = state
+    is_v1 = hasattr(runner, "_update_states")
 
     def load_model(original):
         def wrapped(*args, **kwargs):
             result = original(*args, **kwargs)
             state.arm(moe_runners(runner.vllm_config))
+            if not is_v1:
+                _pair_sampler_v2(runner.sampler, state)
             return result
 
         return wrapped
 
     wrap(runner, "load_model", load_model)
-    if hasattr(runner, "_update_states"):
+    if is_v1:
         _follow_v1(runner, state)
     else:
         _follow_v2(runner, state)
@@ -73,6 +79,7 @@ def _follow_requests(state: WorkerState) -> Callable[[Callable], Callable]:
 
 def _follow_v1(runner: Any, state: WorkerState) -> None:
     """V1 runner: the batch order is final after `_update_states`."""
+    on_cpu = runner.device.type == "cpu"
 
     def prepare_inputs(original):
         def wrapped(scheduler_output, num_scheduled_tokens):
@@ -86,8 +93,22 @@ def _follow_v1(runner: Any, state: WorkerState) -> None:
 
         return wrapped
 
+    def sample(original):
+        # the grammar's mask is on the lead's logits already, nothing else is
+        def wrapped(logits, spec_decode_metadata):
+            rows = state.pairs.rows(runner.input_batch.req_ids)
+            with rewound(runner) if on_cpu else nullcontext():
+                output = original(combine(logits, rows), spec_decode_metadata)
+            give_followers_tokens(output.sampled_token_ids, rows)
+            return output
+
+        return wrapped
+
     wrap(runner, "_update_states", _follow_requests(state))
     wrap(runner, "_prepare_inputs", prepare_inputs)
+    wrap(runner, "_sample", sample)
+    if on_cpu:
+        wrap(runner, "_bookkeeping_sync", hide_unused(runner))
 
 
 def _follow_v2(runner: Any, state: WorkerState) -> None:
@@ -105,6 +126,22 @@ def _follow_v2(runner: Any, state: WorkerState) -> None:
 
     wrap(runner, "add_requests", _follow_requests(state))
     wrap(runner, "prepare_inputs", prepare_inputs)
+
+
+def _pair_sampler_v2(sampler: Any, state: WorkerState) -> None:
+    """Combine between the grammar's mask and the sampler, which is called, not named.
+
+    Python looks `__call__` up on the class: the sampler gets a subclass of its own.
+    """
+    original = type(sampler)
+
+    def call(self, logits, input_batch):
+        rows = state.pairs.rows(input_batch.req_ids)
+        output = original.__call__(self, combine(logits, rows), input_batch)
+        give_followers_tokens(output.sampled_token_ids, rows)
+        return output
+
+    sampler.__class__ = type(original.__name__, (original,), {"__call__": call})
 
 
 def worker_status(worker: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from moe_tta.vllm_plugin.model_shape import (
     shape_from_config,
 )
 from moe_tta.vllm_plugin.options import read_settings
+from moe_tta.vllm_plugin.pair_rows import PairRows
 from moe_tta.vllm_plugin.router import LayerRouting, arm_router
 from moe_tta.vllm_plugin.router_shape import correction_bias, shape_from_routers
 from moe_tta.vllm_plugin.rows import PlannedRequest, StepRows
@@ -46,6 +47,7 @@ class WorkerState:
         self.rows: StepRows | None = None
         self.armed: list[LayerRouting | GpuLayerRouting] = []
         self.trace: TraceRecorder | None = None
+        self.pairs = PairRows(device)
 
     def arm(self, runners: Sequence[Any]) -> None:
         """Hook every MoE layer, or refuse the model.
@@ -130,7 +132,8 @@ class WorkerState:
         return f"one kernel {how} vLLM's selection, unused experts {unused}"
 
     def requests_changed(self, finished: Iterable[str], new: Iterable[Any]) -> None:
-        """Forget finished requests, remember new ones that carry a plan."""
+        """Forget finished requests, remember new ones with a plan or a partner."""
+        self.pairs.requests_changed(finished, new)
         if self.trace is not None:
             self.trace.finish(finished)
         for req_id in finished:
@@ -159,4 +162,5 @@ class WorkerState:
             "skips_unused": all(routing.skips_unused for routing in self.armed),
             "requests_with_plan": len(self.requests),
             "slots_in_use": len(pinned),
+            "pairs": len(self.pairs.links),
         }

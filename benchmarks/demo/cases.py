@@ -89,6 +89,12 @@ def cases(shape: RouterShape) -> list[Case]:
             lambda r: 1 < r.experts_per_token < shape.top_k,
         ),
         Case(
+            "contrast: weak rank 2",
+            ask(contrast={"weak": {"rank": 2}}),
+            "the model's own choice; the weak stream is hidden",
+            _plain(shape.top_k),
+        ),
+        Case(
             "steer: no such expert",
             ask(steer={"promote": [[shape.layers[0], shape.num_experts]]}),
             refused="moe_tta.steer.promote[0]",

@@ -57,7 +57,9 @@ def find_trace(folder: Path, response_id: str, seconds: float = 10) -> Path:
     """Wait for the trace of a response; the server writes it with its next step."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := sorted(folder.glob(f"{response_id}*.safetensors")):
-            return found[0]
+        found = folder.glob(f"{response_id}*.safetensors")
+        # a contrast request's second stream writes a trace of its own
+        if own := [path for path in found if not path.stem.endswith("_follower")]:
+            return own[0]
         time.sleep(0.1)
     raise RuntimeError(f"the server wrote no trace of {response_id} into {folder}")

@@ -3,13 +3,29 @@
 
 from __future__ import annotations
 
-from moe_tta.strategies.base import PlanContext, Strategy, StrategyParams
+from moe_tta.strategies.base import (
+    PairStrategy,
+    PlanContext,
+    Strategy,
+    StrategyParams,
+)
+from moe_tta.strategies.contrast import CONTRAST
 from moe_tta.strategies.dynamic_k import DYNAMIC_K
 from moe_tta.strategies.steer import STEER
 
-__all__ = ["STRATEGIES", "PlanContext", "Strategy", "StrategyParams", "register"]
+__all__ = [
+    "PAIRS",
+    "STRATEGIES",
+    "PairStrategy",
+    "PlanContext",
+    "Strategy",
+    "StrategyParams",
+    "register",
+    "register_pair",
+]
 
 STRATEGIES: dict[str, Strategy] = {}
+PAIRS: dict[str, PairStrategy] = {}
 
 
 def register(strategy: Strategy) -> None:
@@ -18,10 +34,25 @@ def register(strategy: Strategy) -> None:
     Raises:
         ValueError: the name is taken.
     """
-    if strategy.name in STRATEGIES:
-        raise ValueError(f"strategy {strategy.name!r} is already registered")
+    _check_free(strategy.name)
     STRATEGIES[strategy.name] = strategy
+
+
+def register_pair(strategy: PairStrategy) -> None:
+    """Add a family of two streams to the request object.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    _check_free(strategy.name)
+    PAIRS[strategy.name] = strategy
+
+
+def _check_free(name: str) -> None:
+    if name in STRATEGIES or name in PAIRS:
+        raise ValueError(f"strategy {name!r} is already registered")
 
 
 register(STEER)
 register(DYNAMIC_K)
+register_pair(CONTRAST)

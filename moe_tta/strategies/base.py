@@ -80,6 +80,42 @@ class Strategy:
     plan: Callable[[Any, PlanContext], RoutingPlan]
 
 
+class PairParams(BaseModel):
+    """What every strategy takes that runs a request under two routings.
+
+    Attributes:
+        weak: The second stream's routing: a request object without pairs.
+        strong: The first stream's routing, whose request is answered; default the
+            model's own.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False
+    )
+
+    weak: dict[str, Any]
+    strong: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class PairStrategy:
+    """A family that reads each text twice and combines the two streams' logits.
+
+    Attributes:
+        name: Its member in the request object.
+        params: Its parameters, checked without a model.
+        combination: Names the combination of logits (`kernels.contrast.COMBINE`) and
+            gives its numbers, from the parameters.
+        shorthands: Members that `weak` takes besides, each with the strategy and the
+            member it stands for.
+    """
+
+    name: str
+    params: type[PairParams]
+    combination: Callable[[Any], tuple[str, tuple[float, ...]]]
+    shorthands: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
 def as_ranges(numbers: tuple[int, ...]) -> str:
     """Write ascending integers as `0-3, 7, 9-11`."""
     runs: list[list[int]] = []

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from moe_tta.kernels.contrast import contrast_logits
+from moe_tta.kernels.contrast import IMPLAUSIBLE, contrast_logits
 
 INF, NAN = math.inf, math.nan
 
@@ -18,11 +18,13 @@ def contrast(strong, weak, beta=0.5, alpha=0.1):
 def test_hand_worked():
     # cut = 4 + ln 0.1 = 1.697
     out = contrast([4.0, 2.0, 1.0], [2.0, 3.0, 0.0])
-    assert out == [1.5 * 4 - 0.5 * 2, 1.5 * 2 - 0.5 * 3, -INF]
+    assert out == [1.5 * 4 - 0.5 * 2, 1.5 * 2 - 0.5 * 3, 1 - IMPLAUSIBLE]
 
 
 def test_cut_itself_is_plausible():
-    assert contrast([1.0, 1.0 - 2**-20], [1.0, 1.0], alpha=1.0) == [1.0, -INF]
+    just_below = 1.0 - 2**-20
+    out = contrast([1.0, just_below], [1.0, 1.0], alpha=1.0)
+    assert out == [1.0, torch.tensor(just_below).sub(IMPLAUSIBLE).item()]
     assert contrast([1.0, 1.0], [1.0, 0.0], alpha=1.0) == [1.0, 1.5]
 
 
@@ -47,7 +49,25 @@ def test_rows_have_their_own_strength():
     out = contrast_logits(
         strong, weak, torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.1, 0.1, 0.9])
     )
-    assert out.tolist() == [[3.0, 2.0], [4.0, 2.0], [4.0, -INF]]
+    assert out.tolist() == [[3.0, 2.0], [4.0, 2.0], [4.0, 2.0 - IMPLAUSIBLE]]
+
+
+def test_alpha_zero_keeps_every_token():
+    assert contrast([3.0, -50.0], [1.0, -50.0], alpha=0.0) == [4.0, -50.0]
+
+
+def test_implausible_tokens_have_no_chance_but_an_order():
+    """A later mask of every plausible token must not leave all at -inf."""
+    row = torch.tensor(contrast([9.0, 1.0, 2.0, -INF], [0.0] * 4))
+    probabilities = row.softmax(0)
+    assert probabilities.tolist() == [1.0, 0.0, 0.0, 0.0]
+    row[0] = -INF
+    assert row.argmax() == 2
+    assert torch.allclose(
+        row.softmax(0),
+        torch.tensor([-INF, 1.0, 2.0, -INF]).softmax(0),
+        atol=IMPLAUSIBLE * torch.finfo(torch.float32).eps,
+    )
 
 
 def test_half_precision_is_widened():

@@ -9,7 +9,7 @@ import pytest
 from moe_tta.errors import SHOWN, RequestError, show
 from moe_tta.settings import EngineSettings, SettingsError
 from moe_tta.spec import MAX_JSON_CHARS, RequestSpec, check_inline, parse
-from moe_tta.strategies import STRATEGIES, register
+from moe_tta.strategies import PAIRS, STRATEGIES, register, register_pair
 
 ACCEPTED = {
     "nothing": {},
@@ -21,6 +21,17 @@ ACCEPTED = {
     "integer for a number": {"steer": {"bias": [[0, 1, 1]]}, "dynamic_k": {"p": 1}},
     "scope": {"steer": {"drop": [[3, 4]], "span": "last_prompt", "layers": [3, 3]}},
     "mask": {"steer": {"mask": "any name", "strength": 0}},
+    "rank": {"dynamic_k": {"rank": 2}},
+    "contrast": {"contrast": {"weak": {"rank": 2}}},
+    "contrast of plans": {
+        "contrast": {
+            "weak": {"k": 1, "renorm": "always", "steer": {"drop": [[0, 1]]}},
+            "strong": {"dynamic_k": {"p": 0.5}},
+            "beta": 10,
+            "alpha": 0,
+        }
+    },
+    "contrast with itself": {"contrast": {"weak": {}}},
     "both": {"dynamic_k": {"p": 0.5, "k_min": 2, "k_max": 4}, "renorm": "never"},
 }
 
@@ -44,6 +55,68 @@ REFUSED = {
         {"steer": {"promot": []}},
         "moe_tta.steer.promot",
         "did you mean 'promote'?",
+    ),
+    "two rules by rank": (
+        {"dynamic_k": {"rank": 2, "k_min": 1}},
+        "moe_tta.dynamic_k",
+        "k_max only with p",
+    ),
+    "contrast with what": ({"contrast": {}}, "moe_tta.contrast.weak", "is missing"),
+    "contrast no object": ({"contrast": 1}, "moe_tta.contrast", "an object, got 1"),
+    "weak no object": (
+        {"contrast": {"weak": 2}},
+        "moe_tta.contrast.weak",
+        "an object, got 2",
+    ),
+    "weak shorthand": (
+        {"contrast": {"weak": {"rank": 0}}},
+        "moe_tta.contrast.weak.rank",
+        "got 0",
+    ),
+    "weak unknown": (
+        {"contrast": {"weak": {"rnk": 2}}},
+        "moe_tta.contrast.weak.rnk",
+        "did you mean 'rank'? known: dynamic_k, k, rank, renorm, steer",
+    ),
+    "weak inside": (
+        {"contrast": {"weak": {"steer": {"promot": []}}}},
+        "moe_tta.contrast.weak.steer.promot",
+        "did you mean 'promote'?",
+    ),
+    "strong inside": (
+        {"contrast": {"weak": {}, "strong": {"rank": 2}}},
+        "moe_tta.contrast.strong.rank",
+        "known: dynamic_k, renorm, steer",
+    ),
+    "weak rule twice": (
+        {"contrast": {"weak": {"rank": 2, "dynamic_k": {"k": 1}}}},
+        "moe_tta.contrast.weak",
+        "expected one of rank, k and dynamic_k",
+    ),
+    "contrast of contrast": (
+        {"contrast": {"weak": {"contrast": {"weak": {}}}}},
+        "moe_tta.contrast.weak.contrast",
+        "unknown member",
+    ),
+    "beside contrast": (
+        {"contrast": {"weak": {}}, "renorm": "never"},
+        "moe_tta.renorm",
+        "expected inside moe_tta.contrast.strong or moe_tta.contrast.weak",
+    ),
+    "strategy beside contrast": (
+        {"contrast": {"weak": {}}, "steer": {}},
+        "moe_tta.steer",
+        "not beside contrast",
+    ),
+    "beta": (
+        {"contrast": {"weak": {}, "beta": 10.5}},
+        "moe_tta.contrast.beta",
+        "less than or equal to 10",
+    ),
+    "alpha": (
+        {"contrast": {"weak": {}, "alpha": float("nan")}},
+        "moe_tta.contrast.alpha",
+        "a finite number",
     ),
     "odd key": ({"a é": 1}, r'moe_tta["a \u00e9"]', "unknown member"),
     "broken key": ({"a\ud800": 1}, "moe_tta", r'expected a string, got "a\ud800"'),
@@ -134,11 +207,11 @@ REFUSED = {
         "less than or equal to 100",
     ),
     "layers": ({"steer": {"layers": [1]}}, "moe_tta.steer.layers", "[first, last]"),
-    "no rule": ({"dynamic_k": {}}, "moe_tta.dynamic_k", "exactly one of k and p"),
+    "no rule": ({"dynamic_k": {}}, "moe_tta.dynamic_k", "exactly one of k, rank and p"),
     "two rules": (
         {"dynamic_k": {"k": 2, "p": 0.5}},
         "moe_tta.dynamic_k",
-        "exactly one of k and p",
+        "exactly one of k, rank and p",
     ),
     "bounds of k": (
         {"dynamic_k": {"k": 2, "k_max": 3}},
@@ -198,6 +271,20 @@ def test_inline_edits_need_the_operator(member):
     assert caught.value.parameter == f"moe_tta.steer.{member}"
 
 
+def test_inline_edits_of_either_stream_need_the_operator():
+    edit = {"steer": {"demote": [[0, 1]]}}
+    for contrast, stream in (
+        ({"weak": edit}, "weak"),
+        ({"weak": {}, "strong": edit}, "strong"),
+    ):
+        spec = parse({"contrast": contrast}, presets={})
+        check_inline(spec, allow_inline=True)
+        with pytest.raises(RequestError, match="allow_inline") as caught:
+            check_inline(spec, allow_inline=False)
+        assert caught.value.parameter == f"moe_tta.contrast.{stream}.steer.demote"
+    check_inline(parse({"contrast": {"weak": {"rank": 2}}}, presets={}), False)
+
+
 def test_operators_own_edits_and_counts_are_always_fine():
     value = {"steer": {"mask": "m"}, "dynamic_k": {"k": 1}, "renorm": "always"}
     check_inline(parse(value, presets={}), allow_inline=False)
@@ -212,6 +299,8 @@ def test_operators_own_edits_and_counts_are_always_fine():
 def test_registered_names_are_unique():
     with pytest.raises(ValueError, match="'steer' is already registered"):
         register(STRATEGIES["steer"])
+    with pytest.raises(ValueError, match="'contrast' is already registered"):
+        register_pair(PAIRS["contrast"])
 
 
 SETTINGS_REFUSED = {

@@ -14,10 +14,11 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class DynamicKParams(StrategyParams):
-    """Either `k`, or `p` with bounds.
+    """Either `k`, or `rank`, or `p` with bounds.
 
     Attributes:
         k: Experts per token, up to the engine's k_max.
+        rank: The only expert a token uses, by its place in the row's ranking from 1.
         p: Take experts until their running probability exceeds p, the crossing one
             included.
         k_min: Fewest experts with `p`; default 1.
@@ -25,14 +26,17 @@ class DynamicKParams(StrategyParams):
     """
 
     k: Count | None = None
+    rank: Count | None = None
     p: Annotated[float, Field(ge=0, le=1)] | None = None
     k_min: Count | None = None
     k_max: Count | None = None
 
     @model_validator(mode="after")
     def _one_rule(self) -> DynamicKParams:
-        if (self.k is None) == (self.p is None):
-            raise PydanticCustomError("one_rule", "expected exactly one of k and p")
-        if self.k is not None and (self.k_min or self.k_max):
+        if sum(rule is not None for rule in (self.k, self.rank, self.p)) != 1:
+            raise PydanticCustomError(
+                "one_rule", "expected exactly one of k, rank and p"
+            )
+        if self.p is None and (self.k_min or self.k_max):
             raise PydanticCustomError("bounds", "expected k_min and k_max only with p")
         return self
