@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    "cases", ["triton_cases.py", "triton_random.py", "triton_sum.py"]
+    "cases",
+    ["triton_cases.py", "triton_options.py", "triton_random.py", "triton_sum.py"],
 )
 def test_triton_kernel_equals_the_law(cases):
     env = dict(os.environ, OMP_NUM_THREADS="1")
