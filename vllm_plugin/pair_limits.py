@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from moe_tta.vllm_plugin import upstream
@@ -17,6 +18,8 @@ def scheduler_reason(scheduler_cls: type) -> str | None:
     Args:
         scheduler_cls: vLLM's own choice, or the operator's.
     """
+    if not current_platform.is_cpu():
+        return "two streams have been shown to keep in step on CPU engines only"
     if not issubclass(scheduler_cls, Scheduler):
         return f"the scheduler class {scheduler_cls.__name__} is not vLLM's own"
     changed = upstream.changed()

@@ -74,6 +74,13 @@ def test_another_scheduler_class_is_refused():
     assert "Other is not vLLM's own" in pair_limits.scheduler_reason(Other)
 
 
+def test_gpu_engines_run_no_pairs_yet(monkeypatch):
+    monkeypatch.setattr(
+        type(pair_limits.current_platform), "is_cpu", lambda self: False
+    )
+    assert "on CPU engines only" in pair_limits.scheduler_reason(Scheduler)
+
+
 REFUSED = [
     ({"prompt_logprobs": 1}, PROMPT, "prompt_logprobs"),
     ({}, [5], "at least 2 tokens"),
