@@ -25,8 +25,8 @@ GRAPHS = {
     "gpu_memory_utilization": 0.1,
     "kv_cache_memory_bytes": 2**28,
     "dtype": "bfloat16",
-    # not compiled: Inductor picks kernels by time, so that two processes of one vLLM may
-    # round differently
+    # not compiled: Inductor picks kernels by time, so that two processes of one vLLM
+    # may round differently
     "compilation_config": {
         "mode": 0,
         "cudagraph_mode": "FULL_DECODE_ONLY",
