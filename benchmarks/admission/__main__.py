@@ -49,6 +49,7 @@ def make_processor(family: str, layers: int, experts: int) -> SimpleNamespace:
         num_experts=experts,
         num_experts_per_tok=8,
         norm_topk_prob=True,
+        decoder_sparse_step=1,
     )
     engine = SimpleNamespace(
         additional_config={"moe_tta": {"allow_inline": True}},
