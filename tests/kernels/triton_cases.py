@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernel against the law; `test_triton_route.py` runs this in a process.
+"""The Triton kernel against the law; `test_triton.py` runs this in a process.
 
 On a machine without a GPU the process needs TRITON_INTERPRET=1 from its start.
 """

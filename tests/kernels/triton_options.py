@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the Triton kernel; `test_triton_route.py` runs this in a process.
+"""Options of the Triton kernel; `test_triton.py` runs this in a process.
 
 Rows by vLLM's own rule, skipped columns, padding, given rows, rows taken together.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random plans for the interpreted kernel; `test_triton_route.py` runs this.
+"""Random plans for the interpreted kernel; `test_triton.py` runs this.
 
 `tests/gpu/test_route_kernel.py` checks many more of them, compiled.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sum over used columns; `test_triton_route.py` runs this in a process."""
+"""The sum over used columns; `test_triton.py` runs this in a process."""
 
 import math
 

@@ -16,11 +16,17 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    "cases",
-    ["triton_cases.py", "triton_options.py", "triton_random.py", "triton_sum.py"],
+CASES = (
+    "triton_cases.py",
+    "triton_options.py",
+    "triton_random.py",
+    "triton_sum.py",
+    "triton_contrast.py",
 )
-def test_triton_kernel_equals_the_law(cases):
+
+
+@pytest.mark.parametrize("cases", CASES)
+def test_triton_kernels_equal_plain_torch(cases):
     env = dict(os.environ, OMP_NUM_THREADS="1")
     env.pop("TRITON_INTERPRET", None)
     if not torch.cuda.is_available():

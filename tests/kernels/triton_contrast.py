@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contrast kernel against the law; `test_triton_contrast.py` runs this."""
+"""The contrast kernel against the law; `test_triton.py` runs this."""
 
 import math
 
