@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moe_tta.errors import SHOWN, RequestError, show
+from moe_tta.settings import EngineSettings
 from moe_tta.spec import MAX_JSON_CHARS, RequestSpec, check_inline, parse
 from moe_tta.strategies import PAIRS, STRATEGIES, register, register_pair
 
