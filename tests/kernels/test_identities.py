@@ -14,7 +14,7 @@ from moe_tta.diagnostics import (
     risk_difference,
     segment_routing_f1,
 )
-from moe_tta.kernels.contrast import contrast_logits
+from moe_tta.kernels.contrast import IMPLAUSIBLE, contrast_logits
 from moe_tta.kernels.reference import RoutingRule, model_routing, route
 from moe_tta.plan import FIELDS, Renorm, RoutingPlan, Select
 from tests.kernels.cases import (
@@ -190,8 +190,11 @@ def test_11_self_contrast():
     for beta in (0.0, 0.5, 2.0):
         assert torch.equal(contrast_logits(strong, strong, beta, 0.1).argmax(1), best)
         out = contrast_logits(strong, weak, beta, 0.1)
-        assert out.isfinite().any(dim=1).all()
-        assert torch.equal(out.isfinite(), strong >= strong.amax(1)[:, None] - 2.302585)
+        plausible = strong >= strong.amax(1)[:, None] - 2.302585
+        assert plausible.any(dim=1).all()
+        assert torch.equal(out[~plausible], strong[~plausible] - IMPLAUSIBLE)
+        # out of reach: even the best of the others has no probability left
+        assert (out[plausible].min() - out[~plausible].max()) > IMPLAUSIBLE / 2
     assert torch.equal(contrast_logits(strong, weak, 0.0, 0.1).argmax(1), best)
 
 
