@@ -71,8 +71,8 @@ class RoutingKernel:
         self._constants = _constants(rule, width, num_experts, model_rows, skip_unused)
         # many rows keep all lanes busy four to eight experts each; a few rows are
         # sooner done each by its own warp
-        block = triton.next_power_of_2(num_experts)
-        self._tile = max(1, 256 // block) if model_rows is ModelRows.STOCK else 1
+        together = 256 // self._constants["BLOCK_E"]
+        self._tile = max(1, together) if model_rows is ModelRows.STOCK else 1
         self._compiled: dict[tuple, tuple] = {}
 
     def __call__(
@@ -108,17 +108,21 @@ class RoutingKernel:
             num_tokens,
             self.rule.top_k,
         )
-        self._launch(router_logits, padding is not None, args)
+        inputs = (router_logits, slots, positions)
+        self._launch(inputs if padding is None else (*inputs, padding), args)
         return Routing(weights, ids)
 
-    def _launch(self, logits: torch.Tensor, has_padding: bool, args: tuple) -> None:
+    def _launch(self, inputs: tuple[torch.Tensor, ...], args: tuple) -> None:
         """Launch by the compiled kernel itself, which takes half of Triton's time.
 
-        What Triton compiles for is in the key, or the same in every call.
+        What Triton compiles for is in the key, or the same in every call: results
+        and a given routing are fresh allocations.
         """
+        logits, has_padding = inputs[0], len(inputs) == 4
         rows = self._tile if logits.shape[0] >= MANY_ROWS else 1
         grid = -(-logits.shape[0] // rows), 1, 1
-        key = rows, logits.dtype, logits.stride(), logits.data_ptr() % 16, has_padding
+        kinds = ((tensor.dtype, tensor.data_ptr() % 16) for tensor in inputs)
+        key = rows, logits.stride(), *kinds
         if key in self._compiled:
             compiled, constants = self._compiled[key]
             compiled[grid](*args, *constants)

@@ -12,11 +12,7 @@ _SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrtsoftplus")
 
 
 def check_rows(
-    logits: torch.Tensor,
-    slots: torch.Tensor,
-    positions: torch.Tensor,
-    num_experts: int,
-    padding: torch.Tensor | None = None,
+    logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, num_experts: int
 ) -> None:
     """Raise `ValueError` unless the rows fit the table's experts and each other."""
     shape, device = tuple(logits.shape), logits.device
@@ -28,10 +24,7 @@ def check_rows(
     for name, tensor, dtypes in (
         ("slots", slots, (torch.int32, torch.int64)),
         ("positions", positions, (torch.int64,)),
-        ("padding", padding, (torch.bool,)),
     ):
-        if tensor is None and name == "padding":
-            continue
         fits = tensor.shape == shape[:1] and tensor.is_contiguous()
         if not fits or tensor.dtype not in dtypes or tensor.device != device:
             raise ValueError(

@@ -20,7 +20,7 @@ class ModelRows(Enum):
     GIVEN = 2  # the routing that the caller passes: routers that bring their own code
 
 
-_LAW, _STOCK, _GIVEN = (tl.constexpr(rows.value) for rows in ModelRows)
+_LAW, _STOCK, _ = (tl.constexpr(rows.value) for rows in ModelRows)
 
 
 @triton.jit(do_not_specialize=["layer", "num_rows", "top_k"])

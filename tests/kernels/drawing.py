@@ -47,6 +47,24 @@ def grid(rng, size, reach):
     return (rng.integers(-32 * reach, 32 * reach + 1, size) / 32).astype(np.float32)
 
 
+def make_any_shape(rng, router, num_experts, top_k):
+    """Return a shape of one of `ROUTERS`, with a random width and renormalisation."""
+    scoring, biased, groups, topk_group, factor = router
+    return RouterShape(
+        layers=LAYERS,
+        num_hidden_layers=8,
+        num_experts=num_experts,
+        top_k=top_k,
+        k_max=int(rng.integers(top_k, min(num_experts, 2 * top_k + 3) + 1)),
+        scoring=scoring,
+        renormalize=bool(rng.integers(2)),
+        num_expert_group=groups,
+        topk_group=topk_group,
+        has_correction_bias=biased,
+        routed_scaling_factor=factor,
+    )
+
+
 def make_any_plan(rng, shape):
     """Fill some fields at random; masks agree with each other."""
     size = (len(shape.layers), shape.num_experts)

@@ -17,7 +17,13 @@ from moe_tta.kernels.route import RoutingKernel
 from moe_tta.kernels.table import LayerTable, PlanTable
 from moe_tta.shape import RouterShape
 from tests.kernels.cases import used
-from tests.kernels.drawing import LAYERS, ROUTERS, grid, make_any_plan
+from tests.kernels.drawing import (
+    LAYERS,
+    ROUTERS,
+    grid,
+    make_any_plan,
+    make_any_shape,
+)
 from tests.kernels.leeway import Leeway, weight_error
 
 EXPERTS = (8, 64, 128, 4, 60, 256, 16, 512, 72, 160)
@@ -69,23 +75,12 @@ class Rows(NamedTuple):
 def draw(index, num_plans, device, most_experts=512):
     """Return world `index` of `WORLDS` with random plans in slots 1..num_plans."""
     rng = np.random.default_rng(index)
-    scoring, biased, groups, topk_group, factor = ROUTERS[index % len(ROUTERS)]
+    router = ROUTERS[index % len(ROUTERS)]
+    _, biased, groups, topk_group, _ = router
     num_experts = min(EXPERTS[index % len(EXPERTS)], most_experts)
     reachable = num_experts // groups * topk_group
     top_k = min(TOP_KS[index % len(TOP_KS)], reachable)
-    shape = RouterShape(
-        layers=LAYERS,
-        num_hidden_layers=8,
-        num_experts=num_experts,
-        top_k=top_k,
-        k_max=int(rng.integers(top_k, min(num_experts, 2 * top_k + 3) + 1)),
-        scoring=scoring,
-        renormalize=bool(rng.integers(2)),
-        num_expert_group=groups,
-        topk_group=topk_group,
-        has_correction_bias=biased,
-        routed_scaling_factor=factor,
-    )
+    shape = make_any_shape(rng, router, num_experts, top_k)
     table = PlanTable(shape, num_plans, device)
     slots = range(1, num_plans + 1)
     table.write({slot: make_any_plan(rng, shape) for slot in slots})

@@ -15,9 +15,14 @@ from moe_tta.kernels.reference import RoutingRule, route
 from moe_tta.kernels.route import route_triton
 from moe_tta.kernels.table import LayerTable
 from moe_tta.plan import RoutingPlan, Select
-from moe_tta.shape import RouterShape
 from tests.kernels.cases import U, make_plan, make_shape, make_table
-from tests.kernels.drawing import LAYERS, ROUTERS, grid, make_any_plan
+from tests.kernels.drawing import (
+    LAYERS,
+    ROUTERS,
+    grid,
+    make_any_plan,
+    make_any_shape,
+)
 from tests.kernels.oracle import Row
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,21 +57,9 @@ def both(logits, slots, positions, table, rule, width, layer=LAYERS[1]):
 
 def make_world(seed, router, num_experts):
     rng = np.random.default_rng(seed)
-    scoring, biased, groups, topk_group, factor = router
+    _, biased, groups, topk_group, _ = router
     top_k = min(int(rng.choice(TOP_KS)), num_experts // groups * topk_group)
-    shape = RouterShape(
-        layers=LAYERS,
-        num_hidden_layers=8,
-        num_experts=num_experts,
-        top_k=top_k,
-        k_max=int(rng.integers(top_k, min(num_experts, 2 * top_k + 3) + 1)),
-        scoring=scoring,
-        renormalize=bool(rng.integers(2)),
-        num_expert_group=groups,
-        topk_group=topk_group,
-        has_correction_bias=biased,
-        routed_scaling_factor=factor,
-    )
+    shape = make_any_shape(rng, router, num_experts, top_k)
     plans = [RoutingPlan(), *(make_any_plan(rng, shape) for _ in range(12))]
     bias = torch.from_numpy(grid(rng, num_experts, 1)) if biased else None
     return rng, shape, plans, RoutingRule.from_shape(shape, bias)
