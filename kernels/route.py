@@ -69,10 +69,6 @@ class RoutingKernel:
             layer,
         )
         self._constants = _constants(rule, width, num_experts, model_rows, skip_unused)
-        # many rows keep all lanes busy four to eight experts each; a few rows are
-        # sooner done each by its own warp
-        together = 256 // self._constants["BLOCK_E"]
-        self._tile = max(1, together) if model_rows is ModelRows.STOCK else 1
         self._compiled: dict[tuple, tuple] = {}
 
     def __call__(
@@ -119,7 +115,7 @@ class RoutingKernel:
         and a given routing are fresh allocations.
         """
         logits, has_padding = inputs[0], len(inputs) == 4
-        rows = self._tile if logits.shape[0] >= MANY_ROWS else 1
+        rows = self._rows_at_once(logits)
         grid = -(-logits.shape[0] // rows), 1, 1
         kinds = ((tensor.dtype, tensor.data_ptr() % 16) for tensor in inputs)
         key = rows, logits.stride(), *kinds
@@ -140,6 +136,19 @@ class RoutingKernel:
                 constants[name] for name in route_rows.arg_names[len(args) :]
             )
             self._compiled[key] = compiled, ordered
+
+    def _rows_at_once(self, logits: torch.Tensor) -> int:
+        """Return how many rows a program takes."""
+        num_experts = self.table.bias.shape[1]
+        together = (
+            len(logits) >= MANY_ROWS
+            and self.model_rows is ModelRows.STOCK
+            and logits.itemsize == 2
+            and self.rule.top_k < num_experts
+            and SumOrder.of(num_experts, logits.dtype).IN_WARP
+        )
+        # eight experts a lane and at least four rows: fastest of 1 to 256 on an H200
+        return max(4, 256 // self._constants["BLOCK_E"]) if together else 1
 
 
 def has_stock_rows(rule: RoutingRule) -> bool:

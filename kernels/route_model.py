@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the routing kernel by the model's own rule, as stock vLLM rounds them.
+"""A row of the routing kernel by the model's own rule, as stock vLLM rounds them.
 
 vLLM's `topk_softmax` (csrc/libtorch_stable/moe/topk_softmax_kernels.cu, 0.32.0) ranks
 the float32 softmax, whose sum it takes in an order that depends on how a row is spread
@@ -51,16 +51,13 @@ class SumOrder(NamedTuple):
 
 
 @triton.jit
-def route_model_rows(
-    weights_ptr,  # [ROWS, WIDTH] f32
-    ids_ptr,  # [ROWS, WIDTH] int32
-    logits,  # [ROWS, BLOCK_E] f32
-    logits_ptr,  # the same, [ROWS, >= E]
-    row_stride,
+def route_model_row(
+    weights_ptr,  # [WIDTH] f32
+    ids_ptr,  # [WIDTH] int32
+    logits,  # [BLOCK_E] f32
+    logits_ptr,  # the same, [>= E]
     column_stride,
-    live,  # [ROWS], rows that exist
     top_k,
-    ROWS: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -73,80 +70,89 @@ def route_model_rows(
     IN_WARP: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Write all columns of neighbouring rows."""
-    experts = tl.arange(0, BLOCK_E)[None, :]
-    rows = tl.arange(0, ROWS)[:, None]
+    """Write all columns of the row."""
+    experts = tl.arange(0, BLOCK_E)
     logits = tl.where(experts < E, logits, -INF)
-    best = tl.max(logits, axis=1)[:, None]
-
-    threads = tl.arange(0, THREADS)[None, :]
-    logits_ptr += rows.to(tl.int64) * row_stride
-    sums = tl.zeros([ROWS, THREADS], tl.float32)
-    for load in tl.static_range(LOADS):
-        for step in tl.static_range(RUN):
-            column = (load * THREADS + threads) * RUN + step
-            where = logits_ptr + column.to(tl.int64) * column_stride
-            mask = live[:, None] & (column < E)
-            part = tl.load(where, mask=mask, other=-INF).to(tl.float32)
-            sums += _exp(part - best, EXACT)
-    if IN_WARP:
-        total = _sum_halves(sums, ROWS, THREADS)
-    else:
-        total = _sum_block(sums, ROWS, THREADS)
-
-    scores = _exp(logits - best, EXACT) * tl.div_rn(1.0, total)[:, None]
+    best = tl.max(logits, axis=0)
+    total = _sum_powers(
+        logits_ptr, column_stride, best, E, RUN, THREADS, LOADS, IN_WARP, EXACT
+    )
+    scores = exp(logits - best, EXACT) * tl.div_rn(1.0, total)
     # as vLLM: NaN and infinity count as 0
     scores = tl.where(tl.abs(scores) < INF, scores, 0.0)
     scores = tl.where(experts < E, scores, _CLEARED)
-    tail = tl.arange(0, BLOCK_W)[None, :]
-    weights = tl.zeros([ROWS, BLOCK_W], tl.float32)
-    ids = tl.full([ROWS, BLOCK_W], -1, tl.int32)
-    chosen = tl.zeros([ROWS], tl.float32)
+
+    tail = tl.arange(0, BLOCK_W)
+    weights = tl.zeros([BLOCK_W], tl.float32)
+    ids = tl.full([BLOCK_W], -1, tl.int32)
+    chosen = 0.0
     for rank in range(top_k):
         top, pick = tl.max(
-            scores, axis=1, return_indices=True, return_indices_tie_break_left=True
+            scores, axis=0, return_indices=True, return_indices_tie_break_left=True
         )
         # the first id stands in unused columns too, until others overwrite it
         taken = tail == rank
         if not SKIP_UNUSED:
             taken = taken | (rank == 0)
-        ids = tl.where(taken, pick[:, None], ids)
-        weights = tl.where(tail == rank, top[:, None], weights)
-        scores = tl.where(experts == pick[:, None], _CLEARED, scores)
+        ids = tl.where(taken, pick, ids)
+        weights = tl.where(tail == rank, top, weights)
+        scores = tl.where(experts == pick, _CLEARED, scores)
         chosen += top
     if RENORMALIZES:
-        weights *= tl.div_rn(1.0, tl.where(chosen > 0, chosen, 1.0))[:, None]
-    cells = rows * WIDTH + tail
-    mask = live[:, None] & (tail < WIDTH)
-    tl.store(weights_ptr + cells, weights, mask=mask)
-    tl.store(ids_ptr + cells, ids, mask=mask)
+        weights *= tl.div_rn(1.0, tl.where(chosen > 0, chosen, 1.0))
+    tl.store(weights_ptr + tail, weights, mask=tail < WIDTH)
+    tl.store(ids_ptr + tail, ids, mask=tail < WIDTH)
 
 
 @triton.jit
-def _sum_halves(sums, ROWS: tl.constexpr, COUNT: tl.constexpr):
-    """Add the upper half to the lower one until one number a row is left."""
+def _sum_powers(
+    logits_ptr,
+    column_stride,
+    best,
+    E: tl.constexpr,
+    RUN: tl.constexpr,
+    THREADS: tl.constexpr,
+    LOADS: tl.constexpr,
+    IN_WARP: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Sum exp(logits - best) in the order of `SumOrder`."""
+    threads = tl.arange(0, THREADS)
+    sums = tl.zeros([THREADS], tl.float32)
+    for load in tl.static_range(LOADS):
+        for step in tl.static_range(RUN):
+            column = (load * THREADS + threads) * RUN + step
+            where = logits_ptr + column.to(tl.int64) * column_stride
+            logits = tl.load(where, mask=column < E, other=-INF).to(tl.float32)
+            sums += exp(logits - best, EXACT)
+    return _sum_halves(sums, THREADS) if IN_WARP else _sum_block(sums, THREADS)
+
+
+@triton.jit
+def _sum_halves(sums, COUNT: tl.constexpr):
+    """Add the upper half to the lower one until one number is left."""
     for level in tl.static_range(10):
         if COUNT >> level > 1:
-            sums = tl.reshape(sums, [ROWS, 2, COUNT >> (level + 1)])
-            sums = tl.sum(sums, axis=1)
-    return tl.sum(sums, axis=1)
+            sums = tl.reshape(sums, [2, COUNT >> (level + 1)])
+            sums = tl.sum(sums, axis=0)
+    return tl.sum(sums, axis=0)
 
 
 @triton.jit
-def _sum_block(sums, ROWS: tl.constexpr, COUNT: tl.constexpr):
+def _sum_block(sums, COUNT: tl.constexpr):
     """Add neighbours within each warp of 32, then the warps one after the other."""
     for level in tl.static_range(5):
-        sums = tl.reshape(sums, [ROWS, COUNT >> (level + 1), 2])
-        sums = tl.sum(sums, axis=2)
-    warps = tl.arange(0, COUNT // 32)[None, :]
-    total = tl.zeros([ROWS], tl.float32)
+        sums = tl.reshape(sums, [COUNT >> (level + 1), 2])
+        sums = tl.sum(sums, axis=1)
+    warps = tl.arange(0, COUNT // 32)
+    total = 0.0
     for warp in tl.static_range(COUNT // 32):
-        total += tl.sum(tl.where(warps == warp, sums, 0.0), axis=1)
+        total += tl.sum(tl.where(warps == warp, sums, 0.0), axis=0)
     return total
 
 
 @triton.jit
-def _exp(values, EXACT: tl.constexpr):
+def exp(values, EXACT: tl.constexpr):
     """CUDA's `expf`, where Triton's own is an approximation; NumPy interpreted."""
     if EXACT:
         return libdevice.exp(values)

@@ -8,8 +8,9 @@ from enum import Enum
 import triton
 import triton.language as tl
 
-from moe_tta.kernels.route_model import route_model_rows
+from moe_tta.kernels.route_model import route_model_row
 from moe_tta.kernels.route_plan import fill_unused, route_planned_row
+from moe_tta.kernels.route_tile import route_model_tile
 
 
 class ModelRows(Enum):
@@ -63,7 +64,10 @@ def route_rows(
     FACTOR: tl.constexpr,
     MODEL_ROWS: tl.constexpr,
 ):
-    """Route `ROWS` rows of T: at once where all are the model's, else one by one."""
+    """Route `ROWS` rows of T: at once where all are the model's, else one by one.
+
+    More than one: 16-bit logits of `ModelRows.STOCK`, and rows that fit a warp.
+    """
     first = tl.program_id(0).to(tl.int64) * ROWS
     one_by_one = True
     if ROWS > 1:
@@ -80,22 +84,34 @@ def route_rows(
             cells += experts.to(tl.int64) * logits_column_stride
             mask = live[:, None] & (experts < E)
             logits = tl.load(logits_ptr + cells, mask=mask, other=0.0)
-            route_model_rows(
+            sure = route_model_tile(
                 *(weights_ptr + first * WIDTH, ids_ptr + first * WIDTH),
-                *(logits.to(tl.float32), logits_ptr + first * logits_row_stride),
+                *(logits, logits_ptr + first * logits_row_stride),
                 *(logits_row_stride, logits_column_stride, live, top_k, ROWS),
                 *(E, BLOCK_E, WIDTH, BLOCK_W, RENORMALIZES, SKIP_UNUSED),
-                *(RUN, THREADS, LOADS, IN_WARP, EXACT),
+                *(RUN, THREADS, LOADS, EXACT),
             )
-    if one_by_one:
+            one_by_one = sure == 0
+    if ROWS == 1:
+        _route_row(
+            first,
+            *(weights_ptr, ids_ptr, logits_ptr, logits_row_stride),
+            *(logits_column_stride, slots_ptr, positions_ptr, padding_ptr),
+            *(given_weights_ptr, given_ids_ptr, plans_ptr, plans_stride),
+            *(correction_ptr, layer, top_k),
+            *(HAS_PADDING, RUN, THREADS, LOADS, IN_WARP, EXACT),
+            *(E, LOG_E, BLOCK_E, WIDTH, BLOCK_W, TOP_K, SCORING, BIASED),
+            *(RENORMALIZES, GROUPS, TOPK_GROUP, FACTOR, MODEL_ROWS),
+            SKIP_UNUSED,
+        )
+    elif one_by_one:
         for row in range(first, tl.minimum(first + ROWS, num_rows)):
             _route_row(
-                *(weights_ptr + row * WIDTH, ids_ptr + row * WIDTH),
-                *(logits_ptr + row * logits_row_stride, logits_row_stride),
-                *(logits_column_stride, slots_ptr + row, positions_ptr + row),
-                padding_ptr + row,
-                *(given_weights_ptr + row * TOP_K, given_ids_ptr + row * TOP_K),
-                *(plans_ptr, plans_stride, correction_ptr, layer, top_k),
+                row,
+                *(weights_ptr, ids_ptr, logits_ptr, logits_row_stride),
+                *(logits_column_stride, slots_ptr, positions_ptr, padding_ptr),
+                *(given_weights_ptr, given_ids_ptr, plans_ptr, plans_stride),
+                *(correction_ptr, layer, top_k),
                 *(HAS_PADDING, RUN, THREADS, LOADS, IN_WARP, EXACT),
                 *(E, LOG_E, BLOCK_E, WIDTH, BLOCK_W, TOP_K, SCORING, BIASED),
                 *(RENORMALIZES, GROUPS, TOPK_GROUP, FACTOR, MODEL_ROWS),
@@ -105,13 +121,14 @@ def route_rows(
 
 @triton.jit
 def _route_row(
+    row,
     weights_ptr,
     ids_ptr,
     logits_ptr,
     row_stride,
     column_stride,
-    slot_ptr,
-    position_ptr,
+    slots_ptr,
+    positions_ptr,
     padding_ptr,
     given_weights_ptr,
     given_ids_ptr,
@@ -142,13 +159,16 @@ def _route_row(
     SKIP_UNUSED: tl.constexpr,
 ):
     """Route one row: padding, by its plan, or by the model's own rule."""
-    slot = tl.load(slot_ptr).to(tl.int64)
+    weights_ptr += row * WIDTH
+    ids_ptr += row * WIDTH
+    logits_ptr += row * row_stride
+    slot = tl.load(slots_ptr + row).to(tl.int64)
     experts = tl.arange(0, BLOCK_E)
     columns = experts.to(tl.int64) * column_stride
     logits = tl.load(logits_ptr + columns, mask=experts < E, other=0.0).to(tl.float32)
     is_padding = False
     if HAS_PADDING:
-        is_padding = tl.load(padding_ptr) != 0
+        is_padding = tl.load(padding_ptr + row) != 0
     by_plan = slot > 0
     if MODEL_ROWS == _LAW:
         by_plan = True
@@ -156,20 +176,21 @@ def _route_row(
         fill_unused(weights_ptr, ids_ptr, 0, 0, WIDTH, BLOCK_W, True)
     elif by_plan:
         route_planned_row(
-            *(weights_ptr, ids_ptr, logits, slot > 0, position_ptr),
+            *(weights_ptr, ids_ptr, logits, slot > 0, positions_ptr + row),
             *(plans_ptr + slot * plans_stride, correction_ptr, layer),
             *(E, LOG_E, BLOCK_E, WIDTH, BLOCK_W, TOP_K, SCORING, BIASED),
             *(RENORMALIZES, GROUPS, TOPK_GROUP, FACTOR, SKIP_UNUSED),
         )
     elif MODEL_ROWS == _STOCK:
-        route_model_rows(
-            *(weights_ptr, ids_ptr, logits[None, :], logits_ptr, row_stride),
-            *(column_stride, tl.full([1], 1, tl.int1), top_k, 1, E, BLOCK_E, WIDTH),
-            *(BLOCK_W, RENORMALIZES, SKIP_UNUSED, RUN, THREADS, LOADS, IN_WARP, EXACT),
+        route_model_row(
+            *(weights_ptr, ids_ptr, logits, logits_ptr, column_stride, top_k),
+            *(E, BLOCK_E, WIDTH, BLOCK_W, RENORMALIZES, SKIP_UNUSED),
+            *(RUN, THREADS, LOADS, IN_WARP, EXACT),
         )
     else:
         best = _copy_row(
-            weights_ptr, ids_ptr, given_weights_ptr, given_ids_ptr, BLOCK_W, TOP_K
+            *(weights_ptr, ids_ptr, given_weights_ptr + row * TOP_K),
+            *(given_ids_ptr + row * TOP_K, BLOCK_W, TOP_K),
         )
         if WIDTH > TOP_K:
             fill_unused(weights_ptr, ids_ptr, TOP_K, best, WIDTH, BLOCK_W, SKIP_UNUSED)

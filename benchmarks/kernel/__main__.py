@@ -77,14 +77,17 @@ def copy_us(case: grid.Case, read_bytes: int, count: int) -> float:
     )
 
 
-def run(name: str, op: stock.Stock | None) -> dict:
-    """Measure a grid; return conditions and rows."""
+def run(name: str, experts: list[int], op: stock.Stock | None) -> dict:
+    """Measure a grid's models of so many experts; return conditions and rows."""
     rows, models = [], {}
     for case in grid.cases(name):
+        if case.experts not in experts:
+            continue
         size = case.experts, case.top_k
         if size not in models:
             models = {size: Model(*size)}  # one table at a time
         rows.append(measure(case, models[size], op))
+        print("\n".join(speed_lines(rows[-1:])[bool(rows[1:]) :]), flush=True)
     conditions = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),
@@ -119,6 +122,15 @@ def check_stock(name: str, op: stock.Stock | None) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grid", choices=grid.TOKENS, default="small")
+    every = [experts for experts, _ in grid.MODELS]
+    parser.add_argument(
+        "--experts",
+        type=int,
+        nargs="+",
+        choices=every,
+        default=every,
+        help="only the grid's models of so many experts",
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--check-stock", action="store_true")
     args = parser.parse_args()
@@ -127,9 +139,8 @@ def main() -> int:
     op = stock.find_stock()
     if args.check_stock:
         return check_stock(args.grid, op)
-    found = run(args.grid, op)
+    found = run(args.grid, args.experts, op)
     print(*(f"{key} {value}" for key, value in found["conditions"].items()), sep=", ")
-    print("\n".join(speed_lines(found["rows"])))
     if args.out is not None:
         append_run(args.out, found)
     return 0

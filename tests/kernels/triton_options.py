@@ -74,6 +74,48 @@ def test_rows_taken_together_are_rows_alone(monkeypatch, num_experts, skip):
     assert torch.equal(together.topk_weights, alone.topk_weights)
 
 
+def _close_logits(kind: str, num_rows: int, num_experts: int) -> torch.Tensor:
+    """Logits that rank differently as numbers and as rounded softmax, or nearly so."""
+    rng = torch.Generator().manual_seed(num_experts)
+    normal = torch.randn(num_rows, num_experts, generator=rng)
+    tiny = normal * 2.0**-14
+    made = {
+        "normal": normal,
+        "all tiny": tiny,
+        "tiny at the edge": torch.where(torch.arange(num_experts) < 2, 8.0, tiny),
+        "zeros of both signs": torch.where(normal > 0, 0.0, -0.0),
+        "ties": (normal * 2).round() / 2,
+        "far below": torch.where(torch.arange(num_experts) == 5, 9.0, normal - 100),
+        "minus infinity": normal.masked_fill(normal < 0.9, -torch.inf),
+        "infinity": normal.masked_fill(normal > 2, torch.inf),
+        "nan": normal.masked_fill(normal > 2, torch.nan),
+    }
+    return made[kind]
+
+
+@pytest.mark.parametrize(("num_experts", "renormalize"), [(8, False), (60, True)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("normal", "all tiny", "tiny at the edge", "zeros of both signs", "ties"),
+        *("far below", "minus infinity", "infinity", "nan"),
+    ],
+)
+def test_ranks_by_keys_are_ranks_by_softmax(
+    monkeypatch, kind, renormalize, num_experts
+):
+    shape = make_shape(num_experts=num_experts, top_k=3, renormalize=renormalize)
+    rule, table = RoutingRule.from_shape(shape), make_table(shape).layer(0)
+    num_rows = 3 * (256 // num_experts) + 1
+    logits = _close_logits(kind, num_rows, num_experts).to(torch.float16)
+    args = logits, torch.zeros(num_rows, dtype=torch.int32), table, rule, 3
+    alone = launch(*args)
+    monkeypatch.setattr("moe_tta.kernels.route.MANY_ROWS", 1)
+    together = launch(*args)
+    assert torch.equal(together.topk_ids, alone.topk_ids)
+    assert torch.equal(together.topk_weights, alone.topk_weights)
+
+
 def test_unused_columns_can_be_skipped():
     shape = make_shape(num_experts=8, top_k=3, k_max=4)
     plan = make_plan(select=Select.TOP_K, k_min=1, k_max=1)
