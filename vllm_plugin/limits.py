@@ -33,8 +33,6 @@ def _reasons(vllm_config: Any, runners: Sequence[Any]):
         "cpu"
     ):
         yield "tensor parallelism on CPU has not been shown to route rows rightly"
-    if parallel.enable_expert_parallel:
-        yield "expert parallelism has not been shown to route rows rightly"
     if parallel.enable_eplb:
         yield "expert load balancing has not been shown to route rows rightly"
     if parallel.use_sequence_parallel_moe:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two GPUs by tensor parallelism give what one gives.
+"""Two GPUs, by tensor or by expert parallelism, give what one gives.
 
 Splitting a sum over GPUs rounds it elsewhere, and vLLM's experts round float32 inputs
 to TF32, so the same engines without plans say how far two GPUs are from one.
@@ -7,11 +7,11 @@ to TF32, so the same engines without plans say how far two GPUs are from one.
 
 import logging
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from tests.gpu.test_isolation import gap, worst
 from tests.plugin.engine import engine, generate, sampling
 from tests.requests import random_request
 
@@ -31,7 +31,30 @@ OPTIONS = {
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
     },
 }
+MODELS = ["olmoe", "mixtral"]
 COUNT = 60  # requests with a plan, and as many without
+
+
+class Gap(NamedTuple):
+    """How far the text of two GPUs is from one's."""
+
+    logprob: float  # largest difference, up to where the texts part
+    parted: float  # difference of the two tokens' logprobs there, 0 if they do not
+
+
+def gap(got, want):
+    worst = 0.0
+    for (token, value), (other, other_value) in zip(
+        zip(*got, strict=True), zip(*want, strict=True), strict=True
+    ):
+        worst = max(worst, abs(value - other_value))
+        if token != other:
+            return Gap(worst, abs(value - other_value))
+    return Gap(worst, 0.0)
+
+
+def worst(found):
+    return max(max(g.logprob, g.parted) for g in found)
 
 
 def run(model, **options):
@@ -49,11 +72,18 @@ def run(model, **options):
     return results, len(found)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen3_moe"])
-def test_two_gpus_equal_one(tiny_models, name):
-    model = tiny_models(name)
-    want, _ = run(model)
-    got, workers = run(model, tensor_parallel_size=2)
+@pytest.fixture(scope="module")
+def one_gpu(tiny_models):
+    """What one GPU gives, by model."""
+    return {name: run(tiny_models(name))[0] for name in MODELS}
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["tensors", "experts"])
+@pytest.mark.parametrize("name", MODELS)
+def test_two_gpus_equal_one(tiny_models, one_gpu, name, experts):
+    parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": experts}
+    got, workers = run(tiny_models(name), **parallel)
+    want = one_gpu[name]
     assert workers == 2
     gaps = [gap(*pair) for pair in zip(got, want, strict=True)]
     planned, plain = gaps[:COUNT], gaps[COUNT:]

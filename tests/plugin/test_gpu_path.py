@@ -32,3 +32,24 @@ def test_gpu_path_equals_cpu_path(tiny_models, tmp_path, name, k_max):
     for (_, got), (_, want) in zip(theirs, ours, strict=True):
         # the kernel's weights are a few float32 roundings from the law's
         assert got == pytest.approx(want, abs=1e-4)
+
+
+def test_every_row_obeys_its_own_request(tiny_models, tmp_path):
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.plugin.gpu_audit"),
+            *(tiny_models("mixtral"), str(out)),
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    sound, mixed_up = json.loads(out.read_text())
+    assert sound["layers"] == 4
+    assert min(sound[n] for n in ("finished", "chunks", "preemptions")) > 0, sound
+    assert sound["planned_rows"] > sound["rows"] / 4
+    assert sound["wrong"] == 0
+    assert mixed_up["wrong"] > 0
