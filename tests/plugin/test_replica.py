@@ -11,7 +11,6 @@ little and the median says more; float32 is the sharp test.
 import logging
 import random
 import statistics
-from functools import partial
 
 import pytest
 import torch
@@ -47,27 +46,26 @@ def far_from_model(shape):
 
 def replica_errors(model_path, dtype, shape, runs):
     """Return (errors of the dtype's own replica, errors of vLLM) against float64."""
-    context = PlanContext(shape)
+    exact = replica_values(model_path, torch.float64, shape, runs)
+    rough = replica_values(model_path, dtype, shape, runs)
+    got = torch.tensor([value for _, _, (_, values) in runs for value in values])
+    return (rough - exact).abs().tolist(), (got - exact).abs().tolist()
+
+
+def replica_values(model_path, dtype, shape, runs):
+    """Return the replica's logprobs of all generated tokens; it is gone afterwards."""
     # grouped matrix products know no float64
-    load = partial(
-        AutoModelForCausalLM.from_pretrained, model_path, experts_implementation="eager"
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, experts_implementation="eager", dtype=dtype
     )
-    exact, rough = load(dtype=torch.float64), load(dtype=dtype)
-    own, theirs = [], []
-    for prompt, request, (tokens, values) in runs:
-        plans = compile_request(parse(request or {}, presets={}), context).plans
-        text, rows = (
-            prompt + tokens[:-1],
-            range(len(prompt) - 1, len(prompt + tokens) - 1),
-        )
-        found = {}
-        for name, model in (("exact", exact), ("rough", rough)):
-            with routed(model, shape, plans, len(prompt)):
-                table = logprobs(model, text)
-            found[name] = table[list(rows), tokens]
-        own += (found["rough"] - found["exact"]).abs().tolist()
-        theirs += (torch.tensor(values) - found["exact"]).abs().tolist()
-    return own, theirs
+    found = []
+    for prompt, request, (tokens, _) in runs:
+        plans = compile_request(parse(request or {}, presets={}), PlanContext(shape))
+        rows = range(len(prompt) - 1, len(prompt + tokens) - 1)
+        with routed(model, shape, plans.plans, len(prompt)):
+            table = logprobs(model, prompt + tokens[:-1])
+        found.append(table[list(rows), tokens])
+    return torch.cat(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
