@@ -45,7 +45,9 @@ def contrast_logits(
     difference = strong - weak.float()
     difference = torch.where(difference.isfinite(), difference, 0.0)
     contrasted = strong + beta.reshape(-1, 1) * difference
-    cut = strong.amax(dim=1, keepdim=True) + alpha.log().reshape(-1, 1)
+    # in float64, so that every implementation rounds to the same float32
+    log_alpha = alpha.double().log().float()
+    cut = strong.amax(dim=1, keepdim=True) + log_alpha.reshape(-1, 1)
     return torch.where(strong < cut, strong - IMPLAUSIBLE, contrasted)
 
 

@@ -1,110 +1,178 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contrast of `contrast.py` as one Triton kernel, in place."""
+"""The contrast of `contrast.py` as Triton kernels, for the rows of a whole batch."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 
 from moe_tta.kernels.contrast import IMPLAUSIBLE
+from moe_tta.kernels.launch import Launcher
 
-BLOCK_SIZE = 4096  # tokens of the vocabulary at a time
+CHUNK = 4096  # tokens of the vocabulary per program
 
 _IMPLAUSIBLE = tl.constexpr(IMPLAUSIBLE)
 _INF = tl.constexpr(float("inf"))
+_OPTIONS = {
+    "CHUNK": CHUNK,
+    "num_warps": 4,
+    "enable_fp_fusion": False,  # round where `contrast_logits` rounds
+}
 
 
-def contrast_rows(
-    logits: torch.Tensor,
-    leads: torch.Tensor,
-    followers: torch.Tensor,
-    beta: torch.Tensor,
-    alpha: torch.Tensor,
-) -> None:
-    """Overwrite the leads' rows by `contrast_logits(lead, follower, beta, alpha)`.
+class ContrastRows:
+    """Overwrites rows of strong logits by their contrast; no sync.
 
-    Source: SCMoE, arXiv 2405.14507; see `contrast.contrast_logits` for the rule.
+    Two launches: the best logit of each chunk, then the combination. The second
+    begins with the pairs that the first read last, whose strong rows are still in the
+    L2 cache. Results equal `contrast.contrast_logits` bit for bit.
+
+    Source: SCMoE, arXiv 2405.14507, equations 4 and 5; see `contrast_logits`.
 
     Args:
-        logits: [N, V] float32, tokens next to each other in memory.
-        leads: [P] int64 rows of the strong logits; no row twice.
-        followers: [P] int64 rows of the weak logits; no lead among them.
-        beta: [P] float32, >= 0.
-        alpha: [P] float32 in [0, 1].
-
-    Raises:
-        ValueError: dtypes, shapes or strides differ from these.
+        max_pairs: The most pairs of a call.
+        vocab_size: V, of every call.
+        device: Where the logits are.
     """
-    num_pairs = leads.shape[0]
-    _check(logits, leads, followers, beta, alpha)
-    if num_pairs == 0:
-        return
-    _contrast_kernel[(num_pairs,)](
-        logits,
-        leads,
-        followers,
-        beta,
-        alpha.log(),
-        logits.shape[1],
-        logits.stride(0),
-        BLOCK_SIZE=BLOCK_SIZE,
-        num_warps=16,
-    )
 
-
-def _check(logits: torch.Tensor, *given: torch.Tensor) -> None:
-    if logits.dtype != torch.float32 or logits.dim() != 2 or logits.stride(1) != 1:
-        raise ValueError(
-            f"expected float32 logits [N, V] with stride 1 along V, got {logits.dtype} "
-            f"{tuple(logits.shape)} with strides {logits.stride()}"
+    def __init__(self, max_pairs: int, vocab_size: int, device: torch.device | str):
+        chunks = triton.cdiv(vocab_size, CHUNK)
+        self.vocab_size = vocab_size
+        self._best = torch.empty(max_pairs, chunks, device=device)
+        self._find_best = Launcher(_best_kernel, **_OPTIONS)
+        self._combine = Launcher(
+            _combine_kernel, CHUNKS=triton.next_power_of_2(chunks), **_OPTIONS
         )
-    dtypes = (torch.int64, torch.int64, torch.float32, torch.float32)
-    for tensor, dtype in zip(given, dtypes, strict=True):
-        if tensor.dtype != dtype or tensor.shape != given[0].shape or tensor.dim() != 1:
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        out: torch.Tensor,
+        leads: torch.Tensor,
+        followers: torch.Tensor,
+        beta: torch.Tensor,
+        alpha: torch.Tensor,
+    ) -> None:
+        """Write the contrast of P pairs; arguments are not checked, `check` does.
+
+        Args:
+            logits: [N, V] float32, bfloat16 or float16, stride 1 along V.
+            out: [N, V] float32, stride 1 along V; may be `logits` itself.
+            leads: [P] int64 rows of the strong logits, overwritten in `out`; none
+                twice.
+            followers: [P] int64 rows of the weak logits; no lead among them.
+            beta: [P] float32, >= 0.
+            alpha: [P] float32 in [0, 1].
+        """
+        num_pairs = leads.shape[0]
+        if num_pairs == 0:
+            return
+        grid = num_pairs, self._best.shape[1], 1
+        strides = logits.stride(0), out.stride(0)
+        self._find_best(grid, logits, leads, self._best, self.vocab_size, strides[0])
+        self._combine(
+            grid,
+            *(logits, out, leads, followers, beta, alpha, self._best),
+            *(self.vocab_size, *strides),
+        )
+
+    def check(
+        self, logits: torch.Tensor, out: torch.Tensor, *given: torch.Tensor
+    ) -> None:
+        """Check what `__call__` takes.
+
+        Raises:
+            ValueError: dtypes, shapes or strides differ from what it names.
+        """
+        for name, tensor in (("logits", logits), ("out", out)):
+            if tensor.shape != (len(logits), self.vocab_size) or tensor.stride(1) != 1:
+                raise ValueError(
+                    f"expected {name} [N, {self.vocab_size}] with stride 1 along V, "
+                    f"got {tuple(tensor.shape)} with strides {tensor.stride()}"
+                )
+        if not logits.is_floating_point() or out.dtype != torch.float32:
             raise ValueError(
-                f"expected {dtype} [{len(given[0])}], got {tensor.dtype} "
-                f"{tuple(tensor.shape)}"
+                f"expected float logits and float32 out, got {logits.dtype} and "
+                f"{out.dtype}"
             )
+        max_pairs = self._best.shape[0]
+        dtypes = (torch.int64, torch.int64, torch.float32, torch.float32)
+        for tensor, dtype in zip(given, dtypes, strict=True):
+            right = tensor.dim() == 1 and tensor.is_contiguous()
+            right = (
+                right and tensor.shape == given[0].shape and len(tensor) <= max_pairs
+            )
+            if tensor.dtype != dtype or not right:
+                raise ValueError(
+                    f"expected contiguous {dtype} [{len(given[0])}], at most "
+                    f"[{max_pairs}], got {tensor.dtype} {tuple(tensor.shape)}"
+                )
+
+
+# name in `contrast.COMBINE` -> f(max_pairs, vocab_size, device), its kernels
+COMBINE_ROWS: dict[str, Callable[..., ContrastRows]] = {"contrast": ContrastRows}
 
 
 @triton.jit
-def _load_strong(row_ptr, offsets, mask):
-    strong = tl.load(row_ptr + offsets, mask=mask, other=-_INF)
+def _load_strong(row_ptr, tokens, mask):
+    strong = tl.load(row_ptr + tokens, mask=mask, other=-_INF).to(tl.float32)
     return tl.where(strong == strong, strong, -_INF)
 
 
 @triton.jit
-def _contrast_kernel(
-    logits_ptr,  # [N, V] float32
+def _best_kernel(
+    logits_ptr,  # [N, V]
+    leads_ptr,  # [P] int64
+    best_ptr,  # [P, chunks] float32
+    vocab_size,
+    logits_stride,
+    CHUNK: tl.constexpr,
+):
+    pair, chunk = tl.program_id(0), tl.program_id(1)
+    row_ptr = logits_ptr + tl.load(leads_ptr + pair) * logits_stride
+    tokens = chunk * CHUNK + tl.arange(0, CHUNK)
+    strong = _load_strong(row_ptr, tokens, tokens < vocab_size)
+    best = tl.max(strong, axis=0)
+    tl.store(best_ptr + pair * tl.num_programs(1) + chunk, best)
+
+
+@triton.jit
+def _combine_kernel(
+    logits_ptr,  # [N, V]
+    out_ptr,  # [N, V] float32
     leads_ptr,  # [P] int64
     followers_ptr,  # [P] int64
     beta_ptr,  # [P] float32
-    log_alpha_ptr,  # [P] float32
+    alpha_ptr,  # [P] float32
+    best_ptr,  # [P, chunks] float32
     vocab_size,
     logits_stride,
-    BLOCK_SIZE: tl.constexpr,
+    out_stride,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    pair = tl.program_id(0)
-    strong_ptr = logits_ptr + tl.load(leads_ptr + pair) * logits_stride
+    pair = tl.num_programs(0) - 1 - tl.program_id(0)
+    chunk, chunks = tl.program_id(1), tl.num_programs(1)
+    lead = tl.load(leads_ptr + pair)
     weak_ptr = logits_ptr + tl.load(followers_ptr + pair) * logits_stride
-    beta = tl.load(beta_ptr + pair)
-    lanes = tl.arange(0, BLOCK_SIZE)
+    tokens = chunk * CHUNK + tl.arange(0, CHUNK)
+    mask = tokens < vocab_size
+    strong = _load_strong(logits_ptr + lead * logits_stride, tokens, mask)
+    # read and written once: the strong rows keep their place in the cache
+    weak = tl.load(
+        weak_ptr + tokens, mask=mask, other=0.0, eviction_policy="evict_first"
+    )
+    every = tl.arange(0, CHUNKS)
+    best = tl.load(best_ptr + pair * chunks + every, mask=every < chunks, other=-_INF)
+    log_alpha = tl.log(tl.load(alpha_ptr + pair).to(tl.float64)).to(tl.float32)
+    cut = tl.max(best, axis=0) + log_alpha
 
-    best = tl.full((BLOCK_SIZE,), -_INF, tl.float32)
-    for start in range(0, vocab_size, BLOCK_SIZE):
-        offsets = start + lanes
-        strong = _load_strong(strong_ptr, offsets, offsets < vocab_size)
-        best = tl.maximum(best, strong)
-    cut = tl.max(best, axis=0) + tl.load(log_alpha_ptr + pair)
-
-    # the strong row is still in the cache
-    for start in range(0, vocab_size, BLOCK_SIZE):
-        offsets = start + lanes
-        mask = offsets < vocab_size
-        strong = _load_strong(strong_ptr, offsets, mask)
-        difference = strong - tl.load(weak_ptr + offsets, mask=mask, other=0.0)
-        finite = tl.abs(difference) < _INF  # false for NaN too
-        contrasted = strong + beta * tl.where(finite, difference, 0.0)
-        result = tl.where(strong < cut, strong - _IMPLAUSIBLE, contrasted)
-        tl.store(strong_ptr + offsets, result, mask=mask)
+    difference = strong - weak.to(tl.float32)
+    finite = tl.abs(difference) < _INF  # false for NaN too
+    contrasted = strong + tl.load(beta_ptr + pair) * tl.where(finite, difference, 0.0)
+    result = tl.where(strong < cut, strong - _IMPLAUSIBLE, contrasted)
+    out_row_ptr = out_ptr + lead * out_stride
+    tl.store(out_row_ptr + tokens, result, mask=mask, eviction_policy="evict_first")

@@ -18,8 +18,8 @@ def scheduler_reason(scheduler_cls: type) -> str | None:
     Args:
         scheduler_cls: vLLM's own choice, or the operator's.
     """
-    if not current_platform.is_cpu():
-        return "two streams have been shown to keep in step on CPU engines only"
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        return "two streams are kept in step on CPUs and NVIDIA GPUs only"
     if not issubclass(scheduler_cls, Scheduler):
         return f"the scheduler class {scheduler_cls.__name__} is not vLLM's own"
     changed = upstream.changed()
@@ -41,7 +41,23 @@ def engine_reason(vllm_config: Any) -> str | None:
         return "this engine reads prompts whole (chunked prefill is off)"
     if vllm_config.watermark_config is not None:
         return "this engine watermarks its text"
-    return scheduler_reason(scheduler.get_scheduler_cls())
+    return _runner_reason(vllm_config) or scheduler_reason(
+        scheduler.get_scheduler_cls()
+    )
+
+
+def _runner_reason(vllm_config: Any) -> str | None:
+    """Say why the worker could not combine two rows of logits.
+
+    Tensor parallelism is none: each rank gathers all logits and samples alone.
+    """
+    if current_platform.is_cpu():
+        return None
+    if not vllm_config.use_v2_model_runner:
+        return "on GPUs two streams are combined in Model Runner V2 only"
+    if vllm_config.parallel_config.enable_batch_sharded_sampling:
+        return "batch-sharded sampling may give the two streams to different GPUs"
+    return None
 
 
 def request_reason(vllm_config: Any, request: Any) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_tta.vllm_plugin.compat import wrap
 from moe_tta.vllm_plugin.cpu_seeds import hide_unused, rewound
-from moe_tta.vllm_plugin.pair_rows import combine, give_followers_tokens
+from moe_tta.vllm_plugin.pair_rows import give_followers_tokens
 
 if TYPE_CHECKING:
     from moe_tta.vllm_plugin.worker import WorkerState
@@ -38,7 +38,7 @@ def hook_runner(runner: Any) -> None:
         def wrapped(*args, **kwargs):
             result = original(*args, **kwargs)
             state.arm(moe_runners(runner.vllm_config))
-            if not is_v1:
+            if not is_v1 and runner.sampler is not None:  # None with pooling
                 _pair_sampler_v2(runner.sampler, state)
             return result
 
@@ -98,7 +98,8 @@ def _follow_v1(runner: Any, state: WorkerState) -> None:
         def wrapped(logits, spec_decode_metadata):
             rows = state.pairs.rows(runner.input_batch.req_ids)
             with rewound(runner) if on_cpu else nullcontext():
-                output = original(combine(logits, rows), spec_decode_metadata)
+                combined = state.pairs.combine(logits, rows)
+                output = original(combined, spec_decode_metadata)
             give_followers_tokens(output.sampled_token_ids, rows)
             return output
 
@@ -137,7 +138,7 @@ def _pair_sampler_v2(sampler: Any, state: WorkerState) -> None:
 
     def call(self, logits, input_batch):
         rows = state.pairs.rows(input_batch.req_ids)
-        output = original.__call__(self, combine(logits, rows), input_batch)
+        output = original.__call__(self, state.pairs.combine(logits, rows), input_batch)
         give_followers_tokens(output.sampled_token_ids, rows)
         return output
 

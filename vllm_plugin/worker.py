@@ -20,7 +20,7 @@ from moe_tta.vllm_plugin.model_shape import (
     shape_from_config,
 )
 from moe_tta.vllm_plugin.options import read_settings
-from moe_tta.vllm_plugin.pair_rows import PairRows
+from moe_tta.vllm_plugin.pair_rows import PairRows, kernels, plain_torch
 from moe_tta.vllm_plugin.router import LayerRouting, arm_router
 from moe_tta.vllm_plugin.router_shape import correction_bias, shape_from_routers
 from moe_tta.vllm_plugin.rows import PlannedRequest, StepRows
@@ -29,6 +29,7 @@ from moe_tta.vllm_plugin.trace import TraceRecorder
 
 if TYPE_CHECKING:
     from moe_tta.vllm_plugin.gpu_router import GpuLayerRouting
+    from moe_tta.vllm_plugin.pair_rows import CombineRows
 
 logger = compat.get_logger(__name__)
 
@@ -47,7 +48,14 @@ class WorkerState:
         self.rows: StepRows | None = None
         self.armed: list[LayerRouting | GpuLayerRouting] = []
         self.trace: TraceRecorder | None = None
-        self.pairs = PairRows(device)
+        self.pairs = PairRows(device, self._combine_rows())
+
+    def _combine_rows(self) -> dict[str, CombineRows]:
+        if self.device.type == "cpu":
+            return plain_torch()
+        max_pairs = self.vllm_config.scheduler_config.max_num_seqs // 2
+        vocab_size = self.vllm_config.model_config.get_vocab_size()
+        return kernels(max_pairs, vocab_size, self.device)
 
     def arm(self, runners: Sequence[Any]) -> None:
         """Hook every MoE layer, or refuse the model.

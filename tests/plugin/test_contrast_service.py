@@ -74,11 +74,33 @@ def test_another_scheduler_class_is_refused():
     assert "Other is not vLLM's own" in pair_limits.scheduler_reason(Other)
 
 
-def test_gpu_engines_run_no_pairs_yet(monkeypatch):
+def gpu_reason(monkeypatch, vllm_config, is_cuda=True, **changes):
+    """Return the reason on a machine that is no CPU, with some of V2's settings."""
+    platform = type(pair_limits.current_platform)
+    monkeypatch.setattr(platform, "is_cpu", lambda self: False)
+    monkeypatch.setattr(platform, "is_cuda", lambda self: is_cuda)
+    settings = {"use_v2_model_runner": True, "sharded": False, **changes}
     monkeypatch.setattr(
-        type(pair_limits.current_platform), "is_cpu", lambda self: False
+        type(vllm_config), "use_v2_model_runner", settings["use_v2_model_runner"]
     )
-    assert "on CPU engines only" in pair_limits.scheduler_reason(Scheduler)
+    parallel = vllm_config.parallel_config
+    monkeypatch.setattr(parallel, "enable_batch_sharded_sampling", settings["sharded"])
+    return pair_limits.engine_reason(vllm_config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"is_cuda": False}, "CPUs and NVIDIA GPUs only"),
+        ({"use_v2_model_runner": False}, "Model Runner V2 only"),
+        ({"sharded": True}, "different GPUs"),
+    ],
+)
+def test_what_gpu_engines_need(llm, monkeypatch, changes, words):
+    config = llm.llm_engine.input_processor.moe_tta.vllm_config
+    reason = gpu_reason(monkeypatch, config, **changes)
+    assert reason is None if words is None else words in reason
 
 
 REFUSED = [

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from moe_tta.kernels.contrast import contrast_logits
-from moe_tta.vllm_plugin.pair_rows import PairRows, combine, give_followers_tokens
+from moe_tta.vllm_plugin.pair_rows import PairRows, give_followers_tokens, plain_torch
 from moe_tta.vllm_plugin.pairs import FOLLOWER, PAIR, Ask, Link
 from moe_tta.vllm_plugin.runner_seams import _pair_sampler_v2
 
@@ -22,7 +22,7 @@ def follower(lead, *numbers):
 
 
 def two_pairs():
-    rows = PairRows(torch.device("cpu"))
+    rows = PairRows(torch.device("cpu"), plain_torch())
     rows.requests_changed([], [scheduled("a"), follower("a", 0.5, 0.1)])
     rows.requests_changed([], [scheduled("b"), follower("b", 2.0, 0.0), scheduled("c")])
     return rows
@@ -31,8 +31,9 @@ def two_pairs():
 def test_rows_follow_the_batch_order():
     logits = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     order = ["b" + FOLLOWER, "a", "c", "b", "a" + FOLLOWER]
-    found = two_pairs().rows(order)
-    out = combine(logits.clone(), found)
+    rows = two_pairs()
+    found = rows.rows(order)
+    out = rows.combine(logits.clone(), found)
     want = logits.clone()
     want[1] = contrast_logits(logits[1:2], logits[4:5], 0.5, 0.1)[0]
     want[3] = contrast_logits(logits[3:4], logits[0:1], 2.0, 0.0)[0]
@@ -47,15 +48,32 @@ def test_a_step_with_one_of_two_is_left_alone():
     rows = two_pairs()
     assert rows.rows(["a", "c", "b" + FOLLOWER]) == {}
     logits = torch.zeros(3, 4, dtype=torch.bfloat16)
-    assert combine(logits, {}) is logits
+    assert rows.combine(logits, {}) is logits
 
 
 def test_half_precision_is_combined_in_float32():
     logits = torch.randn(2, 16).bfloat16()
-    found = two_pairs().rows(["a", "a" + FOLLOWER])
-    out = combine(logits, found)
+    rows = two_pairs()
+    out = rows.combine(logits, rows.rows(["a", "a" + FOLLOWER]))
     assert out.dtype == torch.float32
     assert torch.equal(out[:1], contrast_logits(logits[:1], logits[1:], 0.5, 0.1))
+
+
+def test_rows_are_found_anew_when_the_batch_changes_only():
+    """vLLM's V1 runner changes its list of requests in place."""
+    rows = two_pairs()
+    order = ["a", "a" + FOLLOWER, "b", "b" + FOLLOWER]
+    first = rows.rows(order)
+    assert rows.rows(list(order)) is first
+    order[:] = order[2:] + order[:2]
+    second = rows.rows(order)
+    assert second["contrast"].leads.tolist() == [2, 0]
+    rows.requests_changed([], [follower("c", 1.0, 0.1)])
+    assert rows.rows([*order, "c", "c" + FOLLOWER])["contrast"].leads.tolist() == [
+        *(2, 0, 4)
+    ]
+    rows.requests_changed(["a" + FOLLOWER], [])
+    assert rows.rows(order)["contrast"].leads.tolist() == [0]
 
 
 def test_finished_followers_are_forgotten():
