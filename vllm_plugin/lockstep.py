@@ -187,7 +187,8 @@ class Lockstep:
             manager.evict_blocks(set(ids[first:]))
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
-        # the loop ended with a preemption: who was left behind has had no turn
+        # the loop ended with a preemption: who was left behind has had no turn;
+        # Model Runner V2 hears of it, as the output holds vLLM's own set of preempted
         for request in list(self._left_behind):
             self.running.remove(request)
             self._preempt_request(request, time.monotonic())

@@ -121,10 +121,32 @@ class Worker:
         )
 
 
+class WorkerV2(Worker):
+    """Holds requests as Model Runner V2 does: in places that it must be told to free.
+
+    Preempted requests give theirs back and return as new ones with their whole text.
+    """
+
+    def __init__(self, block_size, max_num_reqs):
+        super().__init__(block_size)
+        self.max_num_reqs, self.held = max_num_reqs, set()
+
+    def run(self, output):
+        self.held -= output.finished_req_ids | (output.preempted_req_ids or set())
+        assert not output.scheduled_cached_reqs.resumed_req_ids
+        for new in output.scheduled_new_reqs:
+            assert new.req_id not in self.held, f"{new.req_id} was never given back"
+            self.held.add(new.req_id)
+            assert len(self.held) <= self.max_num_reqs, "no place is free"
+            self.texts[new.req_id] = list(new.prefill_token_ids)
+        assert output.num_scheduled_tokens.keys() <= self.held
+        return super().run(output)
+
+
 class World:
     """One scheduler, its worker, and the answers that came out."""
 
-    def __init__(self, vllm_config, num_blocks, block_size, depth):
+    def __init__(self, vllm_config, num_blocks, block_size, depth, v2=False):
         self.config, self.depth = vllm_config, depth
         vllm_config.cache_config.block_size = block_size
         vllm_config.cache_config.num_gpu_blocks = num_blocks
@@ -140,7 +162,9 @@ class World:
             block_size=block_size,
             log_stats=True,
         )
-        self.worker = Worker(block_size)
+        self.scheduler.use_v2_model_runner = v2
+        max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self.worker = WorkerV2(block_size, max_num_reqs) if v2 else Worker(block_size)
         init_none_hash(digest)
         self.hasher = get_request_block_hasher(block_size, digest)
         self.flying = deque()

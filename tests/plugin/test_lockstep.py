@@ -14,7 +14,7 @@ NUM_WORLDS = 100
 NUM_REQUESTS = 40
 
 
-def make_world(rng, model, depth):
+def make_world(rng, model, depth, v2):
     block_size = rng.choice([2, 4, 16])
     longest = rng.choice([24, 48])
     budget = rng.choice([8, 20, 64])
@@ -36,7 +36,7 @@ def make_world(rng, model, depth):
     enough = 2 * -(-longest // block_size) + 1
     num_blocks = int(enough * rng.choice([1, 1.3, 3])) + 1
     num_blocks += int(scheduler.watermark * num_blocks) + 1
-    return World(config, num_blocks, block_size, depth), longest
+    return World(config, num_blocks, block_size, depth, v2), longest
 
 
 def draw(rng, longest, prefixes):
@@ -88,12 +88,13 @@ def live(rng, world, longest):
     return todo
 
 
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("depth", [1, 2], ids=["plain", "async"])
-def test_random_worlds(tiny_models, depth):
+def test_random_worlds(tiny_models, depth, v2):
     preempted = sampled = 0
     for seed in range(NUM_WORLDS):
         rng = random.Random(seed)
-        world, longest = make_world(rng, tiny_models("mixtral"), depth)
+        world, longest = make_world(rng, tiny_models("mixtral"), depth, v2)
         preempt = world.scheduler._preempt_request
 
         def counted(request, *args, world=world, preempt=preempt, **kwargs):
