@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs `v2_sampler.py` in a process of its own: Triton interprets from its import on."""
+"""Runs `v2_sampler.py` in a process of its own: Triton chooses when imported."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402 - vLLM must find Triton before it defines its kernels
 """vLLM's own V2 sampler and request states with pairs, on a CPU.
 
 Its Triton kernels and ours run interpreted: `python -m pytest` on this file with
