@@ -37,15 +37,27 @@ def load(path):
 
 
 @torch.inference_mode()
-def combined(model, shape, request, prompt, tokens):
-    """Return the combined logits [len(tokens), V] on a given answer, without cache."""
-    compiled = compile_request(parse(request, presets={}), PlanContext(shape))
+def alone(model, shape, plans, prompt, tokens):
+    """Return one stream's logits [len(tokens), V] on a given answer, without cache."""
     text = torch.tensor([prompt + tokens[:-1]])
-    streams = []
-    for plans in (compiled.plans, compiled.pair.weak.plans):
-        with routed(model, shape, plans, len(prompt)):
-            streams.append(model(text).logits[0, len(prompt) - 1 :])
-    return contrast_logits(*streams, *compiled.pair.numbers)
+    with routed(model, shape, plans, len(prompt)):
+        return model(text).logits[0, len(prompt) - 1 :]
+
+
+def streams(model, shape, request, prompt, tokens):
+    """Return the strong and the weak logits on a given answer, and the numbers."""
+    compiled = compile_request(parse(request, presets={}), PlanContext(shape))
+    both = [
+        alone(model, shape, plans, prompt, tokens)
+        for plans in (compiled.plans, compiled.pair.weak.plans)
+    ]
+    return *both, compiled.pair.numbers
+
+
+def combined(model, shape, request, prompt, tokens):
+    """Return the combined logits [len(tokens), V] on a given answer."""
+    strong, weak, numbers = streams(model, shape, request, prompt, tokens)
+    return contrast_logits(strong, weak, *numbers)
 
 
 def greedy(model, shape, request, prompt, count):
