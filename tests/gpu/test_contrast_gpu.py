@@ -201,7 +201,7 @@ def test_a_crowd_leaves_nothing(crowd):
     results, aborted = crowd["results"], crowd["aborted"]
     assert len(results) + len(aborted) == NUM_REQUESTS
     assert len(aborted) > 5
-    assert len(crowd["preempted"]) > 5
+    assert len(crowd["preempted"]) > 2
     for name in ("vllm:num_preemptions", "vllm:prefix_cache_hits"):
         assert crowd["after"][name] > crowd["before"][name]
     check_counters(crowd["before"], crowd["after"], results)

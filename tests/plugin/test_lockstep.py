@@ -120,11 +120,11 @@ def test_random_worlds(tiny_models, depth, v2):
     assert sampled > NUM_WORLDS * NUM_REQUESTS
 
 
-def small_world(model, **scheduler):
+def small_world(model, depth=1, v2=False, **scheduler):
     config = EngineArgs(
         model=model, skip_tokenizer_init=True, max_model_len=64, **scheduler
     ).create_engine_config()
-    return World(config, num_blocks=40, block_size=4, depth=1)
+    return World(config, num_blocks=40, block_size=4, depth=depth, v2=v2)
 
 
 def ask(pair=None, prompt=(1, 2, 3, 4, 5), **params):
@@ -149,6 +149,30 @@ def test_a_pair_that_waits_for_its_grammar_lets_others_pass(tiny_models):
         world.step()
     assert world.ended == {"b": "length", "a": "length"}
     assert len(world.answers["a"]) == 3
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("depth", [1, 2], ids=["plain", "async"])
+@pytest.mark.parametrize("steps", range(5))
+def test_a_killed_follower_ends_its_lead_only(tiny_models, depth, v2, steps):
+    """Whenever it comes, with a step in flight or not."""
+    options = {"async_scheduling": depth > 1}
+    world = small_world(tiny_models("mixtral"), depth, v2, **options)
+    world.add("a", **ask("weak", max_tokens=9))
+    world.add("b", **ask("weak", max_tokens=9, prompt=range(6)))
+    for _ in range(steps):
+        world.step()
+    world.scheduler.finish_requests("a+follower", RequestStatus.FINISHED_ABORTED)
+    for _ in range(16):
+        world.step()
+    world.drain()
+    assert world.ended == {"a": "error", "b": "length"}
+    want = expected("a", ask("weak", max_tokens=9, stop_token_ids=[]))
+    assert world.answers["a"] == want[: len(world.answers["a"])]
+    assert len(world.answers["a"]) < 9
+    pool = world.scheduler.kv_cache_manager.block_pool
+    assert world.scheduler.requests == {}
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
 @pytest.mark.parametrize(("seqs", "steps"), [(2, 8), (3, 8), (4, 4)])
