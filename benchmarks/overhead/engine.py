@@ -103,6 +103,10 @@ class Engine:
             seconds.setdefault("admit", admit)
         return {"seconds": seconds, "digest": digest}
 
+    def requests(self, order: dict[str, Any]) -> list[dict[str, Any] | None]:
+        """Return what each of an order's requests carries under `moe_tta`."""
+        return requests(order["mode"], self.shape, order["size"], order["serial"])
+
     def _submit(self, order: dict[str, Any], tokens: int) -> float:
         """Admit the order's requests; return the seconds of each."""
         from vllm import SamplingParams
@@ -125,7 +129,7 @@ class Engine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 extra_args=None if request is None else {"moe_tta": request},
             )
-            for request in requests(order["mode"], self.shape, size, order["serial"])
+            for request in self.requests(order)
         ]
         begin = time.perf_counter()
         for prompt, param in zip(prompts, params, strict=True):
