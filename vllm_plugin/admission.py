@@ -29,6 +29,7 @@ from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.model_shape import shape_from_config
 from moe_tta.vllm_plugin.options import read_settings
 from moe_tta.vllm_plugin.pair_limits import engine_reason, request_reason
+from moe_tta.vllm_plugin.pair_metrics import count_refused
 from moe_tta.vllm_plugin.pairs import PAIR, Ask
 from moe_tta.vllm_plugin.plan_cache import PlanCache
 
@@ -164,6 +165,7 @@ class Admission:
         if spec.pair is not None:
             reason = engine_reason(self.vllm_config)
             if reason is not None:
+                count_refused(self.vllm_config)
                 raise RequestError(reason, f"{PARAMETER}.{spec.pair.name}")
         return compile_request(spec, self.context)
 
@@ -215,6 +217,7 @@ class Admission:
         """
         reason = request_reason(self.vllm_config, request)
         if reason is not None:
+            count_refused(self.vllm_config)
             raise compat.request_error(RequestError(reason, PARAMETER))
         weak = pair.weak
         salt = weak.salt(_prompt_len(request), own_salt)

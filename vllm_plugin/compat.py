@@ -54,15 +54,18 @@ def install() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
-    from moe_tta.vllm_plugin import api_seams, runner_seams
+    from moe_tta.vllm_plugin import api_seams, pair_metrics, runner_seams
 
     wrap(InputProcessor, "__init__", api_seams.init_admission)
     wrap(InputProcessor, "process_inputs", api_seams.admit)
     wrap(InputProcessor, "assign_request_id", api_seams.refuse_unadmitted)
     wrap(LLMEngine, "__init__", api_seams.mark_offline)
     wrap(AsyncLLM, "__init__", api_seams.watch_http_bodies)
+    wrap(StatLoggerManager, "__init__", pair_metrics.init_counts)
+    wrap(StatLoggerManager, "record", pair_metrics.record_counts)
     wrap(VllmConfig, "compute_hash", _hash_with_plugin)
     wrap(SchedulerConfig, "get_scheduler_cls", _schedule_pairs)
     wrap(WorkerWrapperBase, "init_device", runner_seams.hook_worker)

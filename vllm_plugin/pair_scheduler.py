@@ -9,6 +9,7 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from moe_tta.vllm_plugin.lockstep import Lockstep
+from moe_tta.vllm_plugin.pair_metrics import PairCounts
 from moe_tta.vllm_plugin.pairs import Ask, make_follower
 
 
@@ -25,6 +26,7 @@ class PairLifecycle:
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._admitted_pairs = self._preempted_pairs = 0
         self._record = self.kv_cache_manager.record_prefix_cache_stats
         self.kv_cache_manager.record_prefix_cache_stats = self._record_prefix_cache
 
@@ -36,6 +38,7 @@ class PairLifecycle:
             follower = make_follower(request, ask)
             super().add_request(follower)
             self.pairs.add(request, follower)
+            self._admitted_pairs += 1
 
     def finish_requests(self, request_ids: Any, finished_status: Any) -> list[Any]:
         """Finish requests, leads with their followers; return the leads.
@@ -81,6 +84,11 @@ class PairLifecycle:
         elif follower_id not in self.requests:
             self.fail(lead, "its second stream ended early")
 
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        # a follower is preempted with its lead
+        self._preempted_pairs += self.pairs.follows(request.request_id)
+
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)
         told = self.finished_req_ids_dict
@@ -89,20 +97,28 @@ class PairLifecycle:
         return result
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the step's statistics; vLLM's counts of requests mean leads."""
+        """Return the step's statistics; vLLM's counts of requests mean leads.
+
+        Pairs have counts of their own, once there has been one.
+        """
         stats = super().make_stats(*args, **kwargs)
         if stats is None:
             return None
+        running = 0
         for follower_id in self.pairs:
             follower = self.requests.get(follower_id)
             if follower is None:
                 continue
             if follower.status == RequestStatus.RUNNING:
                 stats.num_running_reqs -= 1
+                running += 1
             elif follower in self.deferred_waiting:
                 stats.num_skipped_waiting_reqs -= 1
             else:
                 stats.num_waiting_reqs -= 1
+        if self._admitted_pairs:
+            totals = self._admitted_pairs, self._preempted_pairs
+            PairCounts(running, *totals).put(stats)
         return stats
 
     def _record_prefix_cache(self, request: Any, num_hits: int) -> None:

@@ -19,7 +19,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-CHECKS = ("armed", "fires", "neutral", "isolated", "prefix-cache", "clean")
+CHECKS = (
+    "armed",
+    "fires",
+    "neutral",
+    "isolated",
+    "contrast",
+    "prefix-cache",
+    "clean",
+)
+EXACT = ("isolated", "contrast")  # in an engine whose outputs the batch cannot change
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -126,13 +135,13 @@ def _jobs(model: str, dtype: Dtype, only: Collection[str]) -> Iterator[Job]:
     """Yield as few engines as the checks need, the plugin's first."""
     exact = dtype == "float32"
     main = [check for check in CHECKS if check in only]
-    if not exact and "isolated" in only:
-        main.remove("isolated")
+    last = [] if exact else [check for check in main if check in EXACT]
+    main = [check for check in main if check not in last]
     if main:
         yield Job(model, dtype, exact, False, tuple(main))
-    if not exact and "isolated" in only:
-        last = [check for check in ("isolated", "clean") if check in only]
-        yield Job(model, dtype, True, False, tuple(last))
+    if last:
+        clean = ["clean"] if "clean" in only else []
+        yield Job(model, dtype, True, False, (*last, *clean))
     if "neutral" in only:
         yield Job(model, dtype, exact, True, ("neutral",))
 

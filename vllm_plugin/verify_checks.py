@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_tta.shape import RouterShape
 from moe_tta.strategies.base import as_ranges
+from moe_tta.vllm_plugin.pair_limits import engine_reason
 from moe_tta.vllm_plugin.verify_engine import Generated, Request, Subject, expect
 
 PROMPT, TOKENS = 24, 12
@@ -111,6 +112,31 @@ def isolated(subject: Subject) -> str:
     return f"{count} requests, {count - 2} plans: mixed batch equals each alone"
 
 
+def contrast(subject: Subject) -> str:
+    """Two streams are combined as asked, and leave nothing behind."""
+    reason = engine_reason(subject.llm.llm_engine.vllm_config)
+    if reason is not None:
+        return f"not offered: {reason}"
+    (prompt,) = subject.prompts([PROMPT], seed=6)
+    weak = demote_half(subject.shape)
+    asked = [
+        None,
+        {"contrast": {"weak": weak, "beta": 2.0, "alpha": 0.0}},
+        {"contrast": {"weak": weak, "beta": 0.0, "alpha": 0.0}},
+        {"contrast": {"weak": {}, "beta": 2.0, "alpha": 0.0}},
+    ]
+    runs = [subject.generate([prompt], [request], [TOKENS])[0] for request in asked]
+    plain, strong, nothing, equal = (run.logprobs for run in runs)
+    expect(strong != plain, "contrast: logprobs are those of a plain request")
+    expect(strong != nothing, "contrast: beta changes nothing")
+    expect(nothing == equal, "beta 0 and equal streams say different things")
+    # the worker learns of a finished request with its next step
+    subject.generate([prompt], [None], [1])
+    left = subject.llm.collective_rpc("moe_tta_status")[0]["pairs"]
+    expect(not left, f"{left} pairs are left behind")
+    return "logprobs change; beta 0 equals equal streams; 0 pairs left"
+
+
 def prefix_cache(subject: Subject) -> str:
     """KV made under one plan serves that plan only."""
     shape = subject.shape
@@ -142,6 +168,7 @@ CHECKS: dict[str, Callable[[Subject], str]] = {
     "armed": armed,
     "fires": fires,
     "isolated": isolated,
+    "contrast": contrast,
     "prefix-cache": prefix_cache,
     "clean": clean,
 }

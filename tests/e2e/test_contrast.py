@@ -81,6 +81,8 @@ def test_stop_strings_end_both_streams(server, client):
     complete(client, {})
     assert held(server)["pairs"] == 0
     assert metric(server, "vllm:num_requests_running") == 0
+    assert metric(server, "moe_tta:pairs_running") == 0
+    assert metric(server, "moe_tta:pairs_admitted_total") > 1
 
 
 @pytest.mark.parametrize(

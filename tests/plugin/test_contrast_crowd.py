@@ -73,8 +73,10 @@ def test_crowd_equals_solo(tiny_models, policy):
         preempted = count_preempted_followers(crowd)
         results, aborted = drive(crowd, jobs, rng)
         after = counters(crowd)
+        counted_preemptions = scheduler_of(crowd)._preempted_pairs
         check_empty(crowd)
     assert len(preempted) > 5
+    assert counted_preemptions == len(preempted)
     assert len(results) + len(aborted) == NUM_REQUESTS
     assert len(aborted) > 5
     for counted in ("vllm:num_preemptions", "vllm:prefix_cache_hits"):

@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from prometheus_client import REGISTRY
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -112,9 +113,11 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "prompt", "words"), REFUSED)
 def test_refused(llm, options, prompt, words):
+    before = pair_metrics(llm)
     with pytest.raises(VLLMValidationError, match=words) as error:
         generate(llm, [prompt], [sampling(moe_tta=CONTRAST, **options)])
     assert error.value.parameter == "moe_tta"
+    assert pair_metrics(llm) == {**before, "refused": before["refused"] + 1}
 
 
 @pytest.mark.parametrize(
@@ -217,21 +220,37 @@ def test_a_pair_out_of_step_fails_instead_of_guessing(llm, monkeypatch):
     check_empty(llm)
 
 
+def pair_metrics(llm):
+    """Return the process's metrics of pairs."""
+    model = llm.llm_engine.vllm_config.model_config.served_model_name
+    labels = {"model_name": model, "engine": "0"}
+    metrics = {
+        "running": ("moe_tta:pairs_running", labels),
+        "admitted": ("moe_tta:pairs_admitted_total", labels),
+        "preempted": ("moe_tta:pairs_preempted_total", labels),
+        "refused": ("moe_tta:pairs_refused_total", {"model_name": model}),
+    }
+    return {key: REGISTRY.get_sample_value(*of) or 0 for key, of in metrics.items()}
+
+
 def test_outputs_and_metrics_know_one_request(llm):
-    before = counters(llm)
+    before, pairs = counters(llm), pair_metrics(llm)
     core = llm.llm_engine
     core.add_request("a", {"prompt_token_ids": PROMPT}, sampling(6, CONTRAST))
-    seen = []
+    seen, running = [], set()
     while core.has_unfinished_requests():
         seen += core.step()
         assert counters(llm)["vllm:num_requests_running"] <= 1
         assert counters(llm)["vllm:num_requests_waiting"] == 0
+        running.add(pair_metrics(llm)["running"])
     assert {output.request_id for output in seen} == {"a"}
     after = counters(llm)
     grown = {name: after[name] - before.get(name, 0) for name in after}
     assert grown["vllm:generation_tokens"] == 6
     assert grown["vllm:prompt_tokens"] == len(PROMPT)
     assert grown["vllm:prefix_cache_queries"] <= len(PROMPT)
+    assert 1 in running
+    assert pair_metrics(llm) == {**pairs, "admitted": pairs["admitted"] + 1}
     assert status(llm)["pairs"] == 1  # the worker's own count, until its next step
     check_empty(llm)
 

@@ -56,6 +56,10 @@ def leak(self, requests, req_ids, num_scheduled, num_computed):
 
 StepRows.stage = leak
 """,
+    "contrast": """
+from moe_tta.vllm_plugin.pair_rows import PairRows
+PairRows.combine = lambda self, logits, rows: logits
+""",
     "prefix-cache": """
 from moe_tta.compile import CompiledRequest
 CompiledRequest.salt = lambda self, prompt_len, client_salt: None
