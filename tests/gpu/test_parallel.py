@@ -32,7 +32,9 @@ OPTIONS = {
     },
 }
 MODELS = ["olmoe", "mixtral"]
-COUNT = 60  # requests with a plan, and as many without
+COUNT = 60  # requests with a plan, as many without, and as many contrasted
+BETA = 0.5
+CONTRAST = {"contrast": {"weak": {"rank": 2}, "beta": BETA, "alpha": 0}}
 
 
 class Gap(NamedTuple):
@@ -61,12 +63,13 @@ def run(model, **options):
     rng = random.Random(17)
     prompts = [
         [rng.randrange(2, 256) for _ in range(rng.randrange(4, 80))]
-        for _ in range(2 * COUNT)
+        for _ in range(3 * COUNT)
     ]
     with engine(model, **OPTIONS, **options) as llm:
         shape = llm.llm_engine.input_processor.moe_tta.shape
         found = llm.collective_rpc("moe_tta_status")
-        requests = [random_request(rng, shape) for _ in range(COUNT)] + [None] * COUNT
+        requests = [random_request(rng, shape) for _ in range(COUNT)]
+        requests += [None] * COUNT + [CONTRAST] * COUNT
         results = generate(llm, prompts, [sampling(16, r) for r in requests])
     assert all(status["armed_layers"] == [0, 1, 2, 3] for status in found)
     return results, len(found)
@@ -86,11 +89,17 @@ def test_two_gpus_equal_one(tiny_models, one_gpu, name, experts):
     want = one_gpu[name]
     assert workers == 2
     gaps = [gap(*pair) for pair in zip(got, want, strict=True)]
-    planned, plain = gaps[:COUNT], gaps[COUNT:]
-    parted = [sum(g.parted > 0 for g in part) for part in (planned, plain)]
+    parts = gaps[:COUNT], gaps[COUNT : 2 * COUNT], gaps[2 * COUNT :]
+    planned, plain, pairs = parts
+    parted = [sum(g.parted > 0 for g in part) for part in parts]
     log.info(
-        "%s: largest gap %.1e planned, %.1e plain; texts part %d, %d of %d",
-        *(name, worst(planned), worst(plain), *parted, COUNT),
+        "%s: largest gap %.1e planned, %.1e plain, %.1e of pairs; "
+        "texts part %d, %d, %d of %d",
+        *(name, *map(worst, parts), *parted, COUNT),
     )
     assert worst(planned) <= 4 * worst(plain)
-    assert max(parted) <= COUNT // 10
+    assert max(parted[:2]) <= COUNT // 10
+    # (1 + beta) strong logits and beta weak ones, these under a plan; a rank that
+    # combined other rows would part nearly all texts
+    assert worst(pairs) <= 4 * (1 + 2 * BETA) * max(worst(planned), worst(plain))
+    assert parted[2] <= COUNT // 2
