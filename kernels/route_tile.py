@@ -69,21 +69,21 @@ def route_model_tile(
     sure = total < INF  # no NaN and no infinity
     chosen = tl.zeros([ROWS], tl.float32)
     key = best_key
-    last = best_key
+    # a copy of `key` itself would be lost: Triton 3.6 and 3.7 return its first value
+    edge = key >> 16
     for rank in range(top_k):
-        last = key
-        picked = tl.where(tail == rank, last[:, None], picked)
-        keys = tl.where(keys == last[:, None], _LOWEST, keys)
-        key = tl.max(keys, axis=1)
-        sure = sure & ((key >> 16 == last >> 16) | _apart(last, key, logits.dtype))
+        edge = key >> 16
+        picked = tl.where(tail == rank, key[:, None], picked)
+        keys = tl.where(keys == key[:, None], _LOWEST, keys)
+        after = tl.max(keys, axis=1)
+        sure = sure & ((after >> 16 == edge) | _apart(key, after, logits.dtype))
         if RENORMALIZES:
-            chosen += exp(_logit(last, logits.dtype) - best, EXACT) * scale
+            chosen += exp(_logit(key, logits.dtype) - best, EXACT) * scale
+        key = after
     # of the experts left out, equals of the last one chosen have higher numbers
-    lower = tl.where(keys >> 16 == (last >> 16)[:, None], _LOWEST, keys)
-    key = tl.max(lower, axis=1)
-    sure = sure & ((key == _LOWEST) | _apart(last, key, logits.dtype))
-    sure = sure & (best - _logit(last, logits.dtype) <= _NORMAL)
-
+    below = tl.max(tl.where(keys >> 16 == edge[:, None], _LOWEST, keys), axis=1)
+    sure = sure & ((below == _LOWEST) | _apart(edge << 16, below, logits.dtype))
+    sure = sure & (best - _logit(edge << 16, logits.dtype) <= _NORMAL)
     all_sure = tl.min((sure | (live == 0)).to(tl.int32), axis=0) > 0
 
     scores = exp(_logit(picked, logits.dtype) - best[:, None], EXACT) * scale[:, None]
