@@ -7,9 +7,13 @@ its id, one after the other; here all columns are on their way at once.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+
+from moe_tta.kernels.launch import Launcher
 
 MANY_TOKENS = 1024  # from here on bandwidth counts, and unused columns are not read
 _BLOCK = 1024
@@ -30,14 +34,26 @@ def sum_used_columns(
     num_tokens, width, hidden = expert_outputs.shape
     if num_tokens == 0:
         return
-    block = min(_BLOCK, triton.next_power_of_2(hidden))
-    _sum_used_columns[(num_tokens, triton.cdiv(hidden, block))](
+    launch = _launcher(hidden, width, num_tokens < MANY_TOKENS)
+    launch(
+        (num_tokens, triton.cdiv(hidden, _block(hidden)), 1),
         *(expert_outputs, output, topk_ids),
         *(expert_outputs.stride(0), expert_outputs.stride(1)),
+    )
+
+
+def _block(hidden: int) -> int:
+    return min(_BLOCK, triton.next_power_of_2(hidden))
+
+
+@functools.cache
+def _launcher(hidden: int, width: int, read_all: bool) -> Launcher:
+    return Launcher(
+        _sum_used_columns,
         H=hidden,
         WIDTH=width,
-        BLOCK_H=block,
-        READ_ALL=num_tokens < MANY_TOKENS,
+        BLOCK_H=_block(hidden),
+        READ_ALL=read_all,
         num_warps=4,
     )
 
