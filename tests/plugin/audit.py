@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from moe_tta.compile import compile_request
+from moe_tta.kernels.reference import Routing
 from moe_tta.kernels.route import RoutingKernel
 from moe_tta.kernels.table import PlanTable
 from moe_tta.spec import parse
@@ -26,26 +27,44 @@ JOB = "audit_job"  # member of `extra_args` that says whose request it is
 
 
 class Recorder:
-    """Each layer's last logits, ids and weights, in buffers that graphs can write."""
+    """Each layer's last logits and routing, in buffers that graphs can write.
+
+    `seen` holds the logits, weights and ids; `given` what vLLM's own router chose,
+    where it runs and the kernel copies it for rows without a plan.
+    """
 
     def __init__(self):
-        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.seen: dict[int, list[torch.Tensor]] = {}
+        self.given: dict[int, list[torch.Tensor]] = {}
 
     @contextmanager
     def recording(self):
         original = GpuLayerRouting._compute_routing
 
         def compute(routing, hidden_states, router_logits, *args, **kwargs):
+            if not routing.follows_stock and routing.layer not in self.given:
+                routing._stock = self._kept(routing.layer, routing._stock)
             found = original(routing, hidden_states, router_logits, *args, **kwargs)
-            parts = router_logits, found[1], found[0]
-            if routing.layer not in self.seen:  # the first call is the largest batch
-                self.seen[routing.layer] = tuple(torch.empty_like(p) for p in parts)
-            for buffer, part in zip(self.seen[routing.layer], parts, strict=True):
-                buffer[: len(part)].copy_(part)
+            _keep(self.seen, routing.layer, (router_logits, *found))
             return found
 
         with mock.patch.object(GpuLayerRouting, "_compute_routing", compute):
             yield self
+
+    def _kept(self, layer, stock):
+        def kept(*args, **kwargs):
+            found = stock(*args, **kwargs)
+            _keep(self.given, layer, found)
+            return found
+
+        return kept
+
+
+def _keep(buffers, layer, parts):
+    if layer not in buffers:  # the first call is the largest batch
+        buffers[layer] = [torch.empty_like(part) for part in parts]
+    for buffer, part in zip(buffers[layer], parts, strict=True):
+        buffer[: len(part)].copy_(part)
 
 
 class Audit:
@@ -156,11 +175,15 @@ class Audit:
         self.rows += len(jobs)
         self.planned_rows += int((slots > 0).sum())
         slots = torch.from_numpy(slots).to(self.device)
+        first = slice(len(jobs))
         for routing, kernel in zip(self.armed, self.kernels, strict=True):
-            logits, ids, weights = (
-                part[: len(jobs)] for part in self.recorder.seen[routing.layer]
+            logits, weights, ids = (
+                part[first] for part in self.recorder.seen[routing.layer]
             )
-            want = kernel(logits, slots, positions)
+            given = self.recorder.given.get(routing.layer)
+            if given is not None:
+                given = Routing(*(part[first] for part in given))
+            want = kernel(logits, slots, positions, None, given)
             wrong = (want.topk_ids != ids).any(1)
             wrong |= (want.topk_weights != weights).any(1)
             self.wrong += wrong.sum()

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 from tests.plugin.engine import engine, generate
@@ -19,7 +20,10 @@ def run_stock(model, prompts, sampling, tmp_path, engine=None):
 
 
 def run_stocks(models, prompts, sampling, tmp_path, engine=None):
-    """Return what stock vLLM generates with each model, one engine after the other."""
+    """Return what stock vLLM generates with each model, one engine after the other.
+
+    Where it cannot run a model, its traceback stands instead.
+    """
     job = Path(tmp_path) / "job.json"
     out = Path(tmp_path) / "out.json"
     fields = {"models": models, "prompts": prompts, "sampling": sampling}
@@ -31,7 +35,13 @@ def run_stocks(models, prompts, sampling, tmp_path, engine=None):
         cwd=Path(__file__).parents[2],
     )
     found = json.loads(out.read_text())
-    return [[tuple(row) for row in rows] for rows in found]
+    return [rows if isinstance(rows, str) else list(map(tuple, rows)) for rows in found]
+
+
+def _generated(model, job, params):
+    with engine(model, **job["engine"]) as llm:
+        assert not hasattr(llm.llm_engine.input_processor, "moe_tta")
+        return generate(llm, job["prompts"], params)
 
 
 def main(job, out):
@@ -39,9 +49,10 @@ def main(job, out):
     params = [job["sampling"]] * len(job["prompts"])
     found = []
     for model in job["models"]:
-        with engine(model, **job["engine"]) as llm:
-            assert not hasattr(llm.llm_engine.input_processor, "moe_tta")
-            found.append(generate(llm, job["prompts"], params))
+        try:
+            found.append(_generated(model, job, params))
+        except Exception:
+            found.append(traceback.format_exc())
     Path(out).write_text(json.dumps(found))
 
 
