@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps on the additive vectors of several requests that never meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+# vectors [R, L, E] -> losses [R], gradient [R, L, E]
+Gradient = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "spsa": torch.optim.SGD}
+
+
+class Descent(NamedTuple):
+    """Where `descend` ended; a request that failed is back where it began."""
+
+    delta: torch.Tensor  # [R, L, E]
+    losses: torch.Tensor  # [R, steps + 1] nats: before each step, and at the end
+    finite: torch.Tensor  # [R] bool: no loss or gradient was NaN or infinite
+
+
+def autograd_gradient(loss: Callable[[torch.Tensor], torch.Tensor]) -> Gradient:
+    """Return losses and their exact gradients; requests share no entry of the vectors.
+
+    Args:
+        loss: Differentiable, vectors [R, L, E] -> [R].
+    """
+
+    def gradient(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            leaf = delta.detach().clone().requires_grad_()
+            losses = loss(leaf)
+            (slope,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), slope
+
+    return gradient
+
+
+@torch.no_grad()
+def descend(
+    gradient: Gradient,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    start: torch.Tensor,
+    rates: torch.Tensor,
+    optimizer: str,
+    lr: float,
+    steps: int,
+    clip: float,
+) -> Descent:
+    """Take `steps` steps, each held within `clip` of zero, entry by entry.
+
+    A layer's rate scales its *step*: Adam would divide a scaled gradient by its own
+    scale again.
+
+    Args:
+        gradient: At the current vectors.
+        loss: Without gradients, for the last value.
+        start: [R, L, E] f32.
+        rates: [R, L] f32; 0 leaves a layer as it is.
+        optimizer: A name of `OPTIMIZERS`.
+        lr: Learning rate, logits a step for Adam.
+        steps: How many.
+        clip: Largest |entry| of the vectors, in logits.
+    """
+    delta = start.clone()
+    rates = rates[:, :, None]
+    rule = OPTIMIZERS[optimizer]([delta], lr=lr)
+    finite = torch.ones(len(delta), dtype=torch.bool, device=delta.device)
+    losses = []
+    for _ in range(steps):
+        values, slope = gradient(delta)
+        finite &= values.isfinite() & slope.isfinite().flatten(1).all(dim=1)
+        losses.append(values)
+        before = delta.clone()
+        going = finite[:, None, None] & (rates > 0)
+        delta.grad = torch.where(going, slope, 0.0)
+        rule.step()
+        moved = (before + rates * (delta - before)).clamp(-clip, clip)
+        delta.copy_(torch.where(going, moved, before))
+    losses.append(loss(delta))
+    finite &= losses[-1].isfinite()
+    delta = torch.where(finite[:, None, None], delta, start)
+    return Descent(delta, torch.stack(losses, dim=1), finite)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One round of online rerouting: better vectors from the requests' own text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+
+import torch
+
+from moe_tta.adapter.choice import hard_choice, named_choice, soft_choice
+from moe_tta.adapter.contexts import Contexts
+from moe_tta.adapter.descent import Descent, autograd_gradient, descend
+from moe_tta.adapter.model import AdapterModel
+from moe_tta.adapter.spsa import spsa_gradient
+from moe_tta.adapter.tail import Survey, Tail, survey
+
+
+@dataclass(frozen=True)
+class Rerouting:
+    """How a round adapts.
+
+    Source: `steps` and `lr` are the paper's (arXiv 2510.14853). Optimiser, share, hard
+    or soft, clip and `skip` are unconfirmed there: these defaults are ours.
+
+    Attributes:
+        steps: n.
+        lr: Learning rate, in logits a step for Adam.
+        optimizer: `adam`, `sgd`, or `spsa` (no gradients; steps as `sgd`).
+        choice: `hard` adapts the top share of layers, `soft` all, by weight.
+        share: Of the layers, for `hard`.
+        sign: 1 prefers layers of large C_l, -1 of small; see `hard_choice`.
+        layers: Decoder layers to adapt instead of a choice by confidence.
+        clip: Largest |entry| of the vectors, in logits.
+        skip: Tokens at the head of a context that are not scored.
+        radius: c of SPSA, in logits.
+        pairs: Antithetic pairs a step of SPSA.
+        seed: Of SPSA's directions.
+        recompute: Keep only layer inputs for the backward pass: less memory, slower.
+    """
+
+    steps: int = 5
+    lr: float = 0.05
+    optimizer: str = "adam"
+    choice: str = "hard"
+    share: float = 0.5
+    sign: int = 1
+    layers: tuple[int, ...] | None = None
+    clip: float = 1.0
+    skip: int = 0
+    radius: float = 0.05
+    pairs: int = 4
+    seed: int = 0
+    recompute: bool = False
+
+
+class Outcome(Enum):
+    """What became of a request in a round."""
+
+    ADAPTED = "adapted"
+    NO_TARGETS = "no token to score"
+    NON_FINITE = "loss or gradient not finite"
+    OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class Round:
+    """The result of one request; unless adapted, `delta` is what it came with.
+
+    Attributes:
+        outcome: What happened.
+        delta: [L, E] f32.
+        losses: Nats a token, before each step and after the last; empty if not run.
+        layers: Decoder layers that were adapted.
+    """
+
+    outcome: Outcome
+    delta: torch.Tensor
+    losses: tuple[float, ...]
+    layers: tuple[int, ...]
+
+
+def reroute(
+    model: AdapterModel,
+    sequences: Sequence[Sequence[int]],
+    delta: torch.Tensor,
+    settings: Rerouting,
+    starts: Sequence[int] | None = None,
+) -> list[Round]:
+    """Adapt several requests' vectors to their own text, all in one batch.
+
+    Minimises `-(1/(T-1)) sum_t log P(x_{t+1} | x_{<=t}; z + delta)` over the vectors of
+    the chosen layers. Never raises for what a request holds.
+
+    Source: Rewiring Experts on the Fly (arXiv 2510.14853).
+
+    Args:
+        model: The adapter.
+        sequences: Token ids of each request so far.
+        delta: [R, L, E] f32 vectors in force, zeros for a fresh request.
+        settings: The same for all.
+        starts: First position that takes the vectors, for each; 0 by default.
+    """
+    # a worker's step runs in inference mode, whose tensors take no gradient
+    with torch.inference_mode(False), torch.no_grad():
+        delta = delta.to(model.device, torch.float32).clone()
+        usable = [
+            index
+            for index, sequence in enumerate(sequences)
+            if len(sequence) > max(settings.skip, 1)
+        ]
+        results = [
+            Round(Outcome.NO_TARGETS, vectors, (), ()) for vectors in delta.unbind()
+        ]
+        if not usable:
+            return results
+        contexts = Contexts.of(
+            [sequences[index] for index in usable],
+            model.device,
+            None if starts is None else [starts[index] for index in usable],
+        )
+        try:
+            rounds = _adapt(model, contexts, delta[usable], settings)
+        except torch.OutOfMemoryError:
+            rounds = [
+                Round(Outcome.OUT_OF_MEMORY, delta[index], (), ()) for index in usable
+            ]
+        for index, done in zip(usable, rounds, strict=True):
+            results[index] = done
+        return results
+
+
+def _adapt(
+    model: AdapterModel, contexts: Contexts, delta: torch.Tensor, settings: Rerouting
+) -> list[Round]:
+    surveyed = survey(model, contexts, delta)
+    rates = layer_rates(model, surveyed, settings)
+    lowest = int((rates > 0).any(dim=0).nonzero()[0])
+    hidden = surveyed.inputs[lowest]
+    del surveyed  # the other layers' inputs
+    tail = Tail(model, contexts, hidden, lowest, settings.skip, settings.recompute)
+    gradient = autograd_gradient(tail.loss)
+    if settings.optimizer == "spsa":
+        generator = torch.Generator().manual_seed(settings.seed)
+        gradient = partial(
+            spsa_gradient,
+            tail.loss,
+            free=rates > 0,
+            radius=settings.radius,
+            pairs=settings.pairs,
+            generator=generator,
+        )
+    done = descend(
+        gradient,
+        tail.loss,
+        delta,
+        rates,
+        settings.optimizer,
+        settings.lr,
+        settings.steps,
+        settings.clip,
+    )
+    return _report(model, done, rates)
+
+
+def layer_rates(
+    model: AdapterModel, surveyed: Survey, settings: Rerouting
+) -> torch.Tensor:
+    """Return how much of each step every layer takes, [R, L] f32; 0 is not adapted."""
+    uncertainty = surveyed.uncertainty
+    if settings.layers is not None:
+        places = [model.shape.layers.index(layer) for layer in settings.layers]
+        return named_choice(uncertainty.shape, places, uncertainty.device).float()
+    if settings.choice == "soft":
+        return soft_choice(uncertainty, settings.sign)
+    return hard_choice(uncertainty, settings.share, settings.sign).float()
+
+
+def _report(model: AdapterModel, done: Descent, rates: torch.Tensor) -> list[Round]:
+    rounds = []
+    chosen = (rates > 0).tolist()
+    rows = zip(done.finite.tolist(), done.delta, done.losses.tolist(), chosen)
+    for finite, delta, losses, used in rows:
+        layers = zip(model.shape.layers, used, strict=True)
+        rounds.append(
+            Round(
+                Outcome.ADAPTED if finite else Outcome.NON_FINITE,
+                delta,
+                tuple(losses),
+                tuple(number for number, taken in layers if taken),
+            )
+        )
+    return rounds
