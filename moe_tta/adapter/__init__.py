@@ -3,13 +3,29 @@
 
 from moe_tta.adapter.errors import AdapterError
 from moe_tta.adapter.model import AdapterModel
+from moe_tta.adapter.neighbours import Neighbour, NeighbourTail, last_row_routing
+from moe_tta.adapter.remixing import (
+    GradientDescent,
+    Line,
+    Remixed,
+    descend_neighbours,
+    search_alpha,
+)
 from moe_tta.adapter.rerouting import Outcome, Rerouting, Round, reroute
 
 __all__ = [
     "AdapterError",
     "AdapterModel",
+    "GradientDescent",
+    "Line",
+    "Neighbour",
+    "NeighbourTail",
     "Outcome",
+    "Remixed",
     "Rerouting",
     "Round",
+    "descend_neighbours",
+    "last_row_routing",
     "reroute",
+    "search_alpha",
 ]

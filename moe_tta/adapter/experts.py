@@ -59,7 +59,8 @@ class MappedExperts(nn.Module):
         shares = top_k_weights.reshape(-1).index_select(0, order)
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         out = torch.zeros_like(hidden_states, dtype=wide)
-        groups = zip(self.matrices, rows.split(counts), shares.split(counts))
+        parts = rows.split(counts), shares.split(counts)
+        groups = zip(self.matrices, *parts, strict=True)
         for (gate, up, down), picked, weights in groups:
             if len(picked) == 0:
                 continue

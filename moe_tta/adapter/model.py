@@ -59,6 +59,7 @@ class AdapterModel:
         return self.lm.model.layers
 
     @staticmethod
+    @torch.inference_mode(False)  # else the weights could not be saved for backward
     def from_checkpoint(
         folder: str | Path, dtype: torch.dtype | None = None
     ) -> AdapterModel:
@@ -85,6 +86,7 @@ class AdapterModel:
         return AdapterModel(lm, dtype or stored, torch.device("cpu"))
 
     @staticmethod
+    @torch.inference_mode(False)
     def from_served(config: Any, tensors: Mapping[str, torch.Tensor]) -> AdapterModel:
         """Build on the tensors of a loaded vLLM model: views, no copy.
 

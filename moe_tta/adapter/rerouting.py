@@ -181,12 +181,13 @@ def layer_rates(
 def _report(model: AdapterModel, done: Descent, rates: torch.Tensor) -> list[Round]:
     rounds = []
     chosen = (rates > 0).tolist()
-    rows = zip(done.finite.tolist(), done.delta, done.losses.tolist(), chosen)
-    for finite, delta, losses, used in rows:
+    finite = done.finite.tolist()
+    rows = zip(finite, done.delta, done.losses.tolist(), chosen, strict=True)
+    for good, delta, losses, used in rows:
         layers = zip(model.shape.layers, used, strict=True)
         rounds.append(
             Round(
-                Outcome.ADAPTED if finite else Outcome.NON_FINITE,
+                Outcome.ADAPTED if good else Outcome.NON_FINITE,
                 delta,
                 tuple(losses),
                 tuple(number for number, taken in layers if taken),

@@ -97,7 +97,7 @@ class AdaptedRouter(nn.Module):
             chosen = model_routing(logits, self._rule, width)
         else:
             table, features = self._tables.table(self.edit)
-            slots = self.edit.slots
+            slots = self.edit.slots  # stand in for positions, which no edit reads
             chosen = route(logits, slots, slots, table, self._rule, width, 0, features)
         if self.observe is not None:
             self.observe(logits, chosen)

@@ -83,7 +83,9 @@ def view_served(
         views[name] = check_shape(part.name, tensor, tuple(wanted.shape))
     dtypes = {tensor.dtype for tensor in views.values()}
     if len(dtypes) > 1:
-        raise AdapterError(f"vLLM holds weights of several dtypes: {sorted(map(str, dtypes))}")
+        raise AdapterError(
+            f"vLLM holds weights of several dtypes: {sorted(map(str, dtypes))}"
+        )
     return views
 
 

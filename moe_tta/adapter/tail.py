@@ -32,9 +32,7 @@ def delta_edits(
 
 
 @torch.no_grad()
-def survey(
-    model: AdapterModel, contexts: Contexts, delta: torch.Tensor
-) -> Survey:
+def survey(model: AdapterModel, contexts: Contexts, delta: torch.Tensor) -> Survey:
     """Run the contexts once, without gradients, and score the layers.
 
     `C_l = -(1/k) sum_j log p_lj` over the k chosen experts, averaged over the context.
@@ -70,9 +68,7 @@ def survey(
     return Survey(inputs, sums / contexts.lengths[:, None])
 
 
-def _shared(
-    model: AdapterModel, contexts: Contexts, hidden: torch.Tensor
-) -> Shared:
+def _shared(model: AdapterModel, contexts: Contexts, hidden: torch.Tensor) -> Shared:
     window = getattr(model.config, "sliding_window", None)
     mask = causal_mask(hidden.shape[1], window, hidden.device)
     return model.shared(hidden, contexts.positions, mask)
@@ -125,6 +121,4 @@ class Tail:
         )
         rows = hidden.flatten(0, 1).index_select(0, self._rows)
         values = token_nll(self._model, rows, self._targets)
-        return mean_by_owner(
-            values, self._owners, len(delta), torch.ones_like(values)
-        )
+        return mean_by_owner(values, self._owners, len(delta), torch.ones_like(values))
