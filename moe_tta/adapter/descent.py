@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 # vectors [R, L, E] -> losses [R], gradient [R, L, E]
 Gradient = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "spsa": torch.optim.SGD}
+# where weights are renormalised, an expert that no row chose has a gradient of exactly
+# 0 but for rounding, some 1e-8; with torch's eps, 1e-8, Adam makes whole steps of that
+ADAM_EPS = 1e-5
+OPTIMIZERS = {
+    "adam": partial(torch.optim.Adam, eps=ADAM_EPS),
+    "sgd": torch.optim.SGD,
+    "spsa": torch.optim.SGD,
+}
 
 
 class Descent(NamedTuple):
