@@ -90,7 +90,8 @@ def measure(args: argparse.Namespace, settings: Rerouting) -> dict:
     }
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the command line: the run, and every setting of a round it may vary."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="checkpoint folder")
     parser.add_argument("prompts", type=Path, help="JSON lines")
@@ -110,7 +111,11 @@ def main() -> None:
     ):
         default = getattr(Rerouting, name)
         parser.add_argument(f"--{name}", type=type(default), default=default)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     asked = {key: value for key, value in vars(args).items() if hasattr(Rerouting, key)}
     run = measure(args, Rerouting(**asked))
     for row in run["summary"]:

@@ -12,7 +12,8 @@ import torch
 
 from moe_tta.adapter.choice import hard_choice, named_choice, soft_choice
 from moe_tta.adapter.contexts import Contexts
-from moe_tta.adapter.descent import Descent, autograd_gradient, descend
+from moe_tta.adapter.descent import OPTIMIZERS, Descent, autograd_gradient, descend
+from moe_tta.adapter.errors import AdapterError
 from moe_tta.adapter.model import AdapterModel
 from moe_tta.adapter.spsa import spsa_gradient
 from moe_tta.adapter.tail import Survey, Tail, survey
@@ -55,6 +56,20 @@ class Rerouting:
     seed: int = 0
     recompute: bool = False
 
+    def __post_init__(self):
+        allowed = {
+            "optimizer": tuple(OPTIMIZERS),
+            "choice": ("hard", "soft"),
+            "sign": (1, -1),
+        }
+        for name, values in allowed.items():
+            if (given := getattr(self, name)) not in values:
+                raise ValueError(f"{name} is {given!r}, expected one of {values}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share}, expected more than 0, at most 1")
+        if self.layers is not None and not self.layers:
+            raise ValueError("layers is empty: name one, or None for the choice")
+
 
 class Outcome(Enum):
     """What became of a request in a round."""
@@ -92,7 +107,7 @@ def reroute(
     """Adapt several requests' vectors to their own text, all in one batch.
 
     Minimises `-(1/(T-1)) sum_t log P(x_{t+1} | x_{<=t}; z + delta)` over the vectors of
-    the chosen layers. Never raises for what a request holds.
+    the chosen layers. Never raises for what a request's text or vectors hold.
 
     Source: Rewiring Experts on the Fly (arXiv 2510.14853).
 
@@ -168,10 +183,17 @@ def _adapt(
 def layer_rates(
     model: AdapterModel, surveyed: Survey, settings: Rerouting
 ) -> torch.Tensor:
-    """Return how much of each step every layer takes, [R, L] f32; 0 is not adapted."""
+    """Return how much of each step every layer takes, [R, L] f32; 0 is not adapted.
+
+    Raises:
+        AdapterError: a layer named in the settings is no MoE layer of the model.
+    """
     uncertainty = surveyed.uncertainty
     if settings.layers is not None:
-        places = [model.shape.layers.index(layer) for layer in settings.layers]
+        known = model.shape.layers
+        if foreign := set(settings.layers) - set(known):
+            raise AdapterError(f"layers {sorted(foreign)} are none of {list(known)}")
+        places = [known.index(layer) for layer in settings.layers]
         return named_choice(uncertainty.shape, places, uncertainty.device).float()
     if settings.choice == "soft":
         return soft_choice(uncertainty, settings.sign)

@@ -67,6 +67,12 @@ def check_overhead(words):
             overhead.parser().parse_args(words)
 
 
+def check_reroute(words):
+    from benchmarks.reroute.curve import make_parser
+
+    make_parser().parse_args(words)
+
+
 def check_curl(words):
     body = json.loads(words[words.index("-d") + 1])
     parse(body["vllm_xargs"]["moe_tta"], presets={})
@@ -84,6 +90,8 @@ def check(words):
             check_server(rest)
         case ["python", "-m", "benchmarks.overhead", *rest]:
             check_overhead(rest)
+        case ["python", "-m", "benchmarks.reroute.curve", *rest]:
+            check_reroute(rest)
         case ["curl", *rest]:
             check_curl(rest)
         case ["pip", "install", "-e", "."]:

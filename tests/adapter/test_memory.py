@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much a step keeps and makes beside the weights, in bytes."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_tta.adapter.contexts import Contexts
+from moe_tta.adapter.descent import autograd_gradient
+from moe_tta.adapter.tail import Tail, survey
+from tests.adapter.test_rounds import zeros
+
+
+class _Largest(TorchDispatchMode):
+    """Counts bytes of every tensor that operators make, views aside."""
+
+    def __init__(self, old):
+        super().__init__()
+        self.known, self.largest = set(old), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for value in made if isinstance(made, (tuple, list)) else [made]:
+            if not isinstance(value, torch.Tensor):
+                continue
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in self.known:
+                self.largest = max(self.largest, storage.nbytes())
+        return made
+
+
+def saved_bytes(tail, delta, weights):
+    """Return the bytes that one forward keeps for backward, weights aside."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = tail.loss(delta.requires_grad_())
+    assert loss.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_grows_with_rows_and_not_with_weights(adapter, draw, recompute):
+    """Kept for backward: a bound per row and layer; no operator makes a weight's copy.
+
+    Per row and layer at most: 16 vectors of H outside the experts (residuals, the two
+    norms in float32 and out, q, k, v before and after rotation, attention), and for
+    each of K experts 3 of H (rows in, out, weighted) and 5 of I; 6 of E for routing.
+    Recomputing keeps the layer's input alone.
+    """
+    tokens = draw.tokens(48)
+    contexts = Contexts.of([tokens], adapter.device)
+    hidden = survey(adapter, contexts, zeros(adapter, 1)).inputs[0]
+    tail = Tail(adapter, contexts, hidden, 0, 0, recompute)
+    weights = {w.untyped_storage().data_ptr() for _, w in adapter.weights()}
+    config = adapter.config
+    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or 32)
+    width = max(config.hidden_size, heads)
+    routed = adapter.shape.top_k * (3 * width + 5 * inner + 4)
+    row = (
+        2 * width if recompute else 16 * width + routed + 6 * adapter.shape.num_experts
+    )
+    per_layer = 4 * len(tokens) * row
+    tables = 4 * 4 * adapter.shape.num_experts  # S + 1 rows of each edit
+    head = 4 * len(tokens) * 3 * width  # input of the loss, and the rope's tables
+    kept = saved_bytes(tail, zeros(adapter, 1), weights)
+    assert kept <= len(adapter.layers) * (per_layer + tables) + head
+    with _Largest(weights) as seen:
+        autograd_gradient(tail.loss)(zeros(adapter, 1))
+    experts = adapter.shape.num_experts * 3 * inner * config.hidden_size * 4
+    logits = 4 * len(tokens) * config.vocab_size
+    assert seen.largest <= max(logits, 4 * len(tokens) * routed)
+    assert seen.largest < experts
