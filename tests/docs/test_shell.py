@@ -67,6 +67,12 @@ def check_overhead(words):
             overhead.parser().parse_args(words)
 
 
+def check_contrast(words):
+    from benchmarks.contrast.__main__ import parser
+
+    parser().parse_args(words)
+
+
 def check_reroute(words):
     from benchmarks.reroute.curve import make_parser
 
@@ -90,6 +96,8 @@ def check(words):
             check_server(rest)
         case ["python", "-m", "benchmarks.overhead", *rest]:
             check_overhead(rest)
+        case ["python", "-m", "benchmarks.contrast", *rest]:
+            check_contrast(rest)
         case ["python", "-m", "benchmarks.reroute.curve", *rest]:
             check_reroute(rest)
         case ["curl", *rest]:
