@@ -45,8 +45,9 @@ def test_plain_set_up_is_accepted(device):
     refusal(device=device)
 
 
-def test_tensor_parallelism_is_accepted_on_gpus():
-    refusal({"tensor_parallel_size": 2})
+@pytest.mark.parametrize("experts", [False, True])
+def test_parallelism_of_one_batch_is_accepted_on_gpus(experts):
+    refusal({"tensor_parallel_size": 2, "enable_expert_parallel": experts})
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,6 @@ def test_tensor_parallelism_is_accepted_on_gpus():
             {"parallel": {"tensor_parallel_size": 2}, "device": "cpu"},
             "tensor parallelism on CPU",
         ),
-        ({"parallel": {"enable_expert_parallel": True}}, "expert parallelism"),
         ({"parallel": {"enable_eplb": True}}, "expert load balancing"),
         ({"parallel": {"use_sequence_parallel_moe": True}}, "sequence-parallel"),
         ({"parallel": {"use_ubatching": True}}, "micro-batching"),
