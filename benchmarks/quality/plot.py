@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy on the tuning part over beta, one panel a task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.quality.arms import label
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def sweeps(results: list[dict[str, Any]]) -> Figure:
+    """Draw the beta sweeps of contrast results, the greedy arm as a line.
+
+    Bars are 95 % bootstrap intervals of the accuracy; they are not paired, so that
+    overlapping bars do not show that arms are equal.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(results), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for panel, result in zip(panels, results, strict=True):
+        arms = result["tune"]["arms"]
+        greedy = next(arm for arm in arms if arm["family"] == "greedy")
+        panel.axhline(greedy["accuracy"], color="black", linewidth=1, label="greedy")
+        panel.axhspan(greedy["low"], greedy["high"], color="black", alpha=0.08)
+        for number, (name, points) in enumerate(_series(arms).items()):
+            x = [beta + 0.012 * number for beta, _ in points]
+            y = [arm["accuracy"] for _, arm in points]
+            low = [arm["accuracy"] - arm["low"] for _, arm in points]
+            high = [arm["high"] - arm["accuracy"] for _, arm in points]
+            panel.errorbar(x, y, (low, high), marker="o", capsize=2, label=name)
+        panel.set_title(f"{result['task']}, n = {greedy['n']}")
+        panel.set_xlabel("beta")
+    panels[0].set_ylabel("accuracy on the tuning part")
+    panels[0].legend(fontsize="small")
+    return figure
+
+
+def _series(arms: list[dict[str, Any]]) -> dict[str, list[tuple[float, dict]]]:
+    """Group contrast arms by weak routing and alpha."""
+    found: dict[str, list[tuple[float, dict]]] = {}
+    for arm in arms:
+        if arm["family"] == "contrast":
+            given = arm["request"]["contrast"]
+            name = f"{label(given['weak'])}, alpha {given['alpha']}"
+            found.setdefault(name, []).append((given["beta"], arm))
+    return found

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The protocol: every arm answers the tuning questions, the chosen ones the test."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from benchmarks.quality.arms import Arm
+from benchmarks.quality.journal import Journal
+from benchmarks.quality.statistics import accuracy, compare
+from benchmarks.quality.tasks import Part, Question, Task, load
+
+
+class Judge(Protocol):
+    """How one kind of task gets its outcomes and what they are worth."""
+
+    def answer(
+        self, questions: Sequence[Question], arms: Sequence[Arm], journal: Journal
+    ) -> None:
+        """Write every outcome that the journal lacks into it."""
+
+    def right(self, question: Question, arm: Arm, journal: Journal) -> float:
+        """Return 1 if the arm answered right, or the share of samples that did."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Arms on one part of a task.
+
+    Attributes:
+        part: What was asked.
+        ids: Of the questions, [n].
+        files: SHA-256 of the data files.
+        right: [n] in [0, 1], by arm.
+    """
+
+    part: Part
+    ids: tuple[str, ...]
+    files: dict[str, str]
+    right: dict[Arm, np.ndarray]
+
+    def best(self, family: str) -> Arm:
+        """Return a family's arm with the most right answers, the first of equals."""
+        arms = [arm for arm in self.right if arm.family == family]
+        return max(arms, key=lambda arm: self.right[arm].mean())
+
+    def as_json(self, reference: Arm) -> dict[str, Any]:
+        """Return everything the tables are made of, raw answers included."""
+        return {
+            "part": str(self.part),
+            "files": self.files,
+            "ids": self.ids,
+            "arms": [
+                {
+                    "name": arm.name,
+                    "family": arm.family,
+                    "request": arm.request,
+                    **accuracy(right),
+                    "against_reference": compare(right, self.right[reference]),
+                    "right": [round(float(value), 6) for value in right],
+                }
+                for arm, right in self.right.items()
+            ],
+        }
+
+
+def ask(
+    args: argparse.Namespace, task: Task, part: Part, arms: Sequence[Arm], judge: Judge
+) -> Answers:
+    """Let arms answer a part's questions, going on where a killed run stopped.
+
+    Args:
+        args: The shared options.
+        task: The task.
+        part: Its `tune` or `test`.
+        arms: Who answers.
+        judge: For tasks of this kind.
+    """
+    limit = args.tune if part is task.tune else args.test
+    questions, files = load(task, part, args.data, args.shots, limit, args.seed)
+    name = "tune" if part is task.tune else "test"
+    folder = args.work / f"{args.command}-{args.model.resolve().name}-{task.name}"
+    journal = Journal(folder / f"{name}.jsonl", made_with(args, files))
+    judge.answer(questions, arms, journal)
+    right = {
+        arm: np.array([judge.right(question, arm, journal) for question in questions])
+        for arm in arms
+    }
+    return Answers(part, tuple(q.id for q in questions), files, right)
+
+
+def made_with(args: argparse.Namespace, files: dict[str, str]) -> dict[str, Any]:
+    """Return what two outcomes must share to be compared."""
+    names = ("shots", "dtype", "k_max", "max_tokens", "max_model_len", "temperature")
+    settings = {name: getattr(args, name) for name in names}
+    return {
+        "model": fingerprint(args.model),
+        "files": files,
+        "seed": args.seed,
+        **settings,
+    }
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the SHA-256 of a checkpoint's config and of its files' names and sizes.
+
+    Weights themselves are not read: they may be hundreds of gigabytes.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
