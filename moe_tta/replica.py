@@ -73,7 +73,7 @@ def routed(
         A list that each forward pass fills with one record a layer: `router_logits`
         [T, E], `topk_weights` and `topk_ids` [T, k_max], `stock_ids` [T, top_k].
     """
-    table = PlanTable(shape, len(segments), torch.device("cpu"))
+    table = PlanTable(shape, len(segments), next(model.parameters()).device)
     plans = [plan or RoutingPlan() for plan in segments]
     table.write(dict(enumerate(plans, start=1)))
     records: list[dict[str, Any]] = []
@@ -87,7 +87,9 @@ def routed(
 
         def replaced(module, inputs, output):
             logits, stock_weights, stock_ids = (output[place] for place in order)
-            positions = torch.arange(start, start + logits.shape[0])
+            positions = torch.arange(
+                start, start + logits.shape[0], device=logits.device
+            )
             slots = 1 + (positions >= prompt_len - 1).int() + (positions >= prompt_len)
             weights, ids = route(
                 logits.float(),

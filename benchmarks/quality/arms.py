@@ -35,7 +35,7 @@ class Arm:
         return compile_request(parse(self.request, presets={}), PlanContext(shape))
 
 
-GREEDY = Arm("greedy", "greedy", {})
+PLAIN = Arm("plain", "plain", {})
 
 
 def fixed_k(counts: list[int]) -> list[Arm]:

@@ -58,6 +58,19 @@ class ChoiceJudge:
         scores = journal[arm.name, question.id]
         return float(likeliest(question, scores, self.normalisation) == question.gold)
 
+    def facts(
+        self, questions: Sequence[ChoiceQuestion], arm: Arm, journal: Journal
+    ) -> dict[str, float]:
+        """Return the accuracy under each normalisation."""
+        return {
+            f"accuracy_{name}": sum(
+                likeliest(q, journal[(arm.name, q.id)], name) == q.gold
+                for q in questions
+            )
+            / len(questions)
+            for name in ("raw", "per_char")
+        }
+
 
 def likeliest(
     question: ChoiceQuestion, scores: Sequence[float], normalisation: str

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def sweeps(results: list[dict[str, Any]]) -> Figure:
-    """Draw the beta sweeps of contrast results, the greedy arm as a line.
+    """Draw the beta sweeps of contrast results, the plain arm as a line.
 
     Bars are 95 % bootstrap intervals of the accuracy; they are not paired, so that
     overlapping bars do not show that arms are equal.
@@ -23,16 +23,16 @@ def sweeps(results: list[dict[str, Any]]) -> Figure:
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for panel, result in zip(panels, results, strict=True):
         arms = result["tune"]["arms"]
-        greedy = next(arm for arm in arms if arm["family"] == "greedy")
-        panel.axhline(greedy["accuracy"], color="black", linewidth=1, label="greedy")
-        panel.axhspan(greedy["low"], greedy["high"], color="black", alpha=0.08)
+        plain = next(arm for arm in arms if arm["family"] == "plain")
+        panel.axhline(plain["accuracy"], color="black", linewidth=1, label="plain")
+        panel.axhspan(plain["low"], plain["high"], color="black", alpha=0.08)
         for number, (name, points) in enumerate(_series(arms).items()):
             x = [beta + 0.012 * number for beta, _ in points]
             y = [arm["accuracy"] for _, arm in points]
             low = [arm["accuracy"] - arm["low"] for _, arm in points]
             high = [arm["high"] - arm["accuracy"] for _, arm in points]
             panel.errorbar(x, y, (low, high), marker="o", capsize=2, label=name)
-        panel.set_title(f"{result['task']}, n = {greedy['n']}")
+        panel.set_title(f"{result['task']}, n = {plain['n']}")
         panel.set_xlabel("beta")
     panels[0].set_ylabel("accuracy on the tuning part")
     panels[0].legend(fontsize="small")

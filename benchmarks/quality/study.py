@@ -29,6 +29,11 @@ class Judge(Protocol):
     def right(self, question: Question, arm: Arm, journal: Journal) -> float:
         """Return 1 if the arm answered right, or the share of samples that did."""
 
+    def facts(
+        self, questions: Sequence[Question], arm: Arm, journal: Journal
+    ) -> dict[str, float]:
+        """Return what else is reported of an arm."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -39,12 +44,14 @@ class Answers:
         ids: Of the questions, [n].
         files: SHA-256 of the data files.
         right: [n] in [0, 1], by arm.
+        facts: What else the judge reports, by arm.
     """
 
     part: Part
     ids: tuple[str, ...]
     files: dict[str, str]
     right: dict[Arm, np.ndarray]
+    facts: dict[Arm, dict[str, float]]
 
     def best(self, family: str) -> Arm:
         """Return a family's arm with the most right answers, the first of equals."""
@@ -63,6 +70,7 @@ class Answers:
                     "family": arm.family,
                     "request": arm.request,
                     **accuracy(right),
+                    **self.facts[arm],
                     "against_reference": compare(right, self.right[reference]),
                     "right": [round(float(value), 6) for value in right],
                 }
@@ -93,7 +101,8 @@ def ask(
         arm: np.array([judge.right(question, arm, journal) for question in questions])
         for arm in arms
     }
-    return Answers(part, tuple(q.id for q in questions), files, right)
+    facts = {arm: judge.facts(questions, arm, journal) for arm in arms}
+    return Answers(part, tuple(q.id for q in questions), files, right, facts)
 
 
 def made_with(args: argparse.Namespace, files: dict[str, str]) -> dict[str, Any]:

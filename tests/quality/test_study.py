@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.quality import arms
 from benchmarks.quality.__main__ import main, parser
-from benchmarks.quality.arms import GREEDY, Arm
+from benchmarks.quality.arms import Arm
 from benchmarks.quality.commands import COMMANDS, register
 from benchmarks.quality.commands.contrast import PUBLISHED
 from benchmarks.quality.engine import Engine
@@ -37,7 +37,7 @@ def data(tmp_path):
 
 def answers(**right):
     by_arm = {Arm(name, name[0], {}): np.array(v, float) for name, v in right.items()}
-    return Answers(TASKS["gsm8k"].tune, ("1", "2", "3"), {}, by_arm)
+    return Answers(TASKS["gsm8k"].tune, ("1", "2", "3"), {}, by_arm, {})
 
 
 def test_the_best_of_a_family_the_first_of_equals():
@@ -113,8 +113,9 @@ def test_contrast_on_a_real_engine(byte_model, data, tmp_path, monkeypatch, caps
     tested = {arm["name"]: arm for arm in result["test"]["arms"]}
     assert len(tuned) == 6
     assert len(tested) == 5
-    assert {"greedy", "p=0.5", PUBLISHED.name} < set(tested)
+    assert {"plain", "p=0.5", PUBLISHED.name} < set(tested)
     assert all(arm["n"] == 3 == len(arm["right"]) for arm in tested.values())
+    assert all(1 <= arm["mean_tokens"] <= 6 for arm in tested.values())
     assert result["test"]["files"].keys() == {"gsm8k/test.jsonl"}
     assert str(tmp_path) not in out.read_text()
     assert capsys.readouterr().out.count("| gsm8k |") == 5
@@ -146,21 +147,14 @@ def test_a_request_the_model_cannot_honour_stops_before_anything_runs(
 
 
 def result_of(task):
-    found = Answers(
-        TASKS[task].tune,
-        ("1", "2", "3"),
-        {"file": "hash"},
-        {
-            GREEDY: np.array([0.0, 1, 1]),
-            **{
-                arm: np.array([1.0, 1, index % 2])
-                for index, arm in enumerate(
-                    arms.contrast([{"rank": 2}, {"k": 1}], [0.1, 0.5], [0.1])
-                )
-            },
-        },
-    ).as_json(GREEDY)
-    return {"task": task, "reference": "greedy", "tune": found, "test": found}
+    right = {arms.PLAIN: np.array([0.0, 1, 1])}
+    contrasts = arms.contrast([{"rank": 2}, {"k": 1}], [0.1, 0.5], [0.1])
+    for index, arm in enumerate(contrasts):
+        right[arm] = np.array([1.0, 1, index % 2])
+    ids, files = ("1", "2", "3"), {"file": "hash"}
+    answers = Answers(TASKS[task].tune, ids, files, right, {arm: {} for arm in right})
+    found = answers.as_json(arms.PLAIN)
+    return {"task": task, "reference": "plain", "tune": found, "test": found}
 
 
 def test_the_file_is_json_with_a_line_for_each_arm():
@@ -172,7 +166,7 @@ def test_the_file_is_json_with_a_line_for_each_arm():
 
 def test_table_by_hand():
     lines = table([result_of("piqa")])
-    assert lines[2].startswith("| piqa | greedy | 3 | 0.667 (0.000, 1.000) |  |  |  |")
+    assert lines[2].startswith("| piqa | plain | 3 | 0.667 (0.000, 1.000) |  |  |  |")
     assert "+0.000 (-1.000, +1.000) | 1, 1 | 1 |" in lines[3]
     assert len(lines) == 2 + 5
 
@@ -184,4 +178,4 @@ def test_a_panel_for_each_task_and_a_line_for_each_weak_routing():
         "sciq, n = 3",
     ]
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == ["greedy", "rank=2, alpha 0.1", "k=1, alpha 0.1"]
+    assert labels == ["plain", "rank=2, alpha 0.1", "k=1, alpha 0.1"]

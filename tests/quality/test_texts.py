@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 
-from benchmarks.quality.arms import GREEDY
+from benchmarks.quality.arms import PLAIN
 from benchmarks.quality.journal import Journal
 from benchmarks.quality.sandbox import SandboxError, run_program
 from benchmarks.quality.tasks import TASKS
@@ -20,7 +20,7 @@ def judge(task, samples):
 def journal(path, texts):
     found = Journal(path / "run.jsonl", {})
     for sample, text in enumerate(texts):
-        found.add(("greedy", "q", sample), {"text": text})
+        found.add(("plain", "q", sample), {"text": text})
     return found
 
 
@@ -36,7 +36,7 @@ def journal(path, texts):
 def test_the_majority_answers(tmp_path, texts, right):
     outcomes = journal(tmp_path, texts)
     question = TextQuestion("q", "", "7")
-    assert judge("gsm8k", 3).right(question, GREEDY, outcomes) == right
+    assert judge("gsm8k", 3).right(question, PLAIN, outcomes) == right
 
 
 def test_programs_are_run_once_and_the_share_that_passes_counts(tmp_path):
@@ -48,8 +48,8 @@ def test_programs_are_run_once_and_the_share_that_passes_counts(tmp_path):
     outcomes = journal(tmp_path, texts)
     question = TextQuestion("q", "", "def f(x):\n{completion}\nassert f(1) == 2\n")
     judging = judge("humaneval", 4)
-    judging.answer([question], [GREEDY], outcomes)
-    assert judging.right(question, GREEDY, outcomes) == 0.5
+    judging.answer([question], [PLAIN], outcomes)
+    assert judging.right(question, PLAIN, outcomes) == 0.5
     size = len(outcomes.outcomes)
-    judging.answer([question], [GREEDY], outcomes)
+    judging.answer([question], [PLAIN], outcomes)
     assert len(outcomes.outcomes) == size == 8

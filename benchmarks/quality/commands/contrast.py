@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-contrast against greedy decoding, the best fixed k and the best top-p.
+"""Self-contrast against the model as it is, the best fixed k and the best top-p.
 
 All arms answer the same questions. Beta, alpha and the weak routing are chosen on the
 task's tuning part, and so are k and p; the chosen arms and the published setting answer
@@ -58,7 +58,7 @@ def weak_routings(text: str) -> list[dict[str, int]]:
 def families(args: argparse.Namespace) -> dict[str, list[Arm]]:
     """Return the arms by family, those to choose from and those as they are."""
     return {
-        "greedy": [arms.GREEDY],
+        "plain": [arms.PLAIN],
         "fixed k": arms.fixed_k(args.fixed_k),
         "top-p": arms.top_p(args.top_p),
         "contrast": arms.contrast(args.weak, args.beta, args.alpha),
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         tuned = ask(args, task, task.tune, everyone, judge)
         chosen = [tuned.best(name) for name in given]
         tested = ask(args, task, task.test, [*chosen, PUBLISHED], judge)
-    write_result(args, model, {"tune": tuned, "test": tested}, arms.GREEDY)
+    write_result(args, model, {"tune": tuned, "test": tested}, arms.PLAIN)
 
 
 CONTRAST = Command(
