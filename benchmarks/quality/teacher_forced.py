@@ -30,7 +30,7 @@ from moe_tta.plan import RoutingPlan
 from moe_tta.replica import routed
 from moe_tta.shape import RouterShape
 
-PACK_TOKENS = {"cpu": 1024, "cuda": 8192}  # attention is quadratic in these
+PACK_TOKENS = {"cpu": 512, "cuda": 8192}  # attention is quadratic in these
 ROWS = 2  # of logits at a time: measured fastest of 1, 2, 4, 16, 64 on a Xeon
 
 
