@@ -129,10 +129,11 @@ def test_humaneval_and_mbpp_programs(tmp_path):
         for question in load(task, part, tmp_path, 0, None, 0)[0]
     ]
     (question,) = found  # in one of the two parts
-    program = question.gold.replace("{completion}", "    return x + 1")
+    assert question.prompt == "def f(x):"
+    program = question.gold.replace("{completion}", "\n    return x + 1")
     exec(program, {})
     with pytest.raises(AssertionError):
-        exec(question.gold.replace("{completion}", "    return x"), {})
+        exec(question.gold.replace("{completion}", "\n    return x"), {})
 
 
 def test_parts_of_one_split_share_the_questions_out():

@@ -19,6 +19,13 @@ MBPP_STOP = ("\n```", "\nassert", "\nclass", "\nprint", "\nif", "\n#")
 def read_humaneval(path: Path, shots: int) -> list[TextQuestion]:
     """Read HumanEval's problems; the prompt is the head of the function.
 
+    It ends before its last newline: a model that is given the newline has lost the
+    token in which it would have begun the next line, and often starts another function
+    instead.
+
+    Source: HumanEval, arXiv 2107.03374; the prompt's end as in
+    bigcode-evaluation-harness.
+
     Raises:
         DataError: worked examples are asked for.
     """
@@ -28,8 +35,8 @@ def read_humaneval(path: Path, shots: int) -> list[TextQuestion]:
     return [
         TextQuestion(
             row["task_id"],
-            row["prompt"],
-            f"{row['prompt']}{COMPLETION}\n{row['test']}\ncheck({row['entry_point']})\n",
+            row["prompt"].rstrip(),
+            f"{row['prompt'].rstrip()}{COMPLETION}\n{row['test']}\ncheck({row['entry_point']})\n",
         )
         for row in rows
     ]
