@@ -10,6 +10,8 @@ from benchmarks.quality.arms import label
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+COLUMNS = 3
+
 
 def sweeps(results: list[dict[str, Any]]) -> Figure:
     """Draw the beta sweeps of contrast results, the plain arm as a line.
@@ -19,8 +21,10 @@ def sweeps(results: list[dict[str, Any]]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(results), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    columns = min(COLUMNS, len(results))
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(4 * columns, 3.2 * rows), layout="constrained")
+    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(len(results))]
     for panel, result in zip(panels, results, strict=True):
         arms = result["tune"]["arms"]
         plain = next(arm for arm in arms if arm["family"] == "plain")
@@ -34,7 +38,7 @@ def sweeps(results: list[dict[str, Any]]) -> Figure:
             panel.errorbar(x, y, (low, high), marker="o", capsize=2, label=name)
         panel.set_title(f"{result['task']}, n = {plain['n']}")
         panel.set_xlabel("beta")
-    panels[0].set_ylabel("accuracy on the tuning part")
+    figure.supylabel("accuracy on the tuning part", fontsize="medium")
     panels[0].legend(fontsize="small")
     return figure
 
