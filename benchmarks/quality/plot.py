@@ -25,21 +25,28 @@ def sweeps(results: list[dict[str, Any]]) -> Figure:
     rows = -(-len(results) // columns)
     figure = Figure(figsize=(4 * columns, 3.2 * rows), layout="constrained")
     panels = [figure.add_subplot(rows, columns, i + 1) for i in range(len(results))]
+    colours: dict[str, str] = {}  # the same for an arm in every panel
+    lines: dict[str, object] = {}
     for panel, result in zip(panels, results, strict=True):
         arms = result["tune"]["arms"]
         plain = next(arm for arm in arms if arm["family"] == "plain")
-        panel.axhline(plain["accuracy"], color="black", linewidth=1, label="plain")
+        lines["plain"] = panel.axhline(plain["accuracy"], color="black", linewidth=1)
         panel.axhspan(plain["low"], plain["high"], color="black", alpha=0.08)
         for number, (name, points) in enumerate(_series(arms).items()):
             x = [beta + 0.012 * number for beta, _ in points]
             y = [arm["accuracy"] for _, arm in points]
             low = [arm["accuracy"] - arm["low"] for _, arm in points]
             high = [arm["high"] - arm["accuracy"] for _, arm in points]
-            panel.errorbar(x, y, (low, high), marker="o", capsize=2, label=name)
+            colour = colours.setdefault(name, f"C{len(colours)}")
+            lines[name] = panel.errorbar(
+                x, y, (low, high), marker="o", capsize=2, color=colour
+            )
         panel.set_title(f"{result['task']}, n = {plain['n']}")
         panel.set_xlabel("beta")
     figure.supylabel("accuracy on the tuning part", fontsize="medium")
-    panels[0].legend(fontsize="small")
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines)
+    )
     return figure
 
 

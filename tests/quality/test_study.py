@@ -177,5 +177,5 @@ def test_a_panel_for_each_task_and_a_line_for_each_weak_routing():
         "piqa, n = 3",
         "sciq, n = 3",
     ]
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["plain", "rank=2, alpha 0.1", "k=1, alpha 0.1"]
