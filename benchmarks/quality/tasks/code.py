@@ -23,8 +23,7 @@ def read_humaneval(path: Path, shots: int) -> list[TextQuestion]:
     token in which it would have begun the next line, and often starts another function
     instead.
 
-    Source: HumanEval, arXiv 2107.03374; the prompt's end as in
-    bigcode-evaluation-harness.
+    Source: HumanEval, arXiv 2107.03374; the prompt's end is ours.
 
     Raises:
         DataError: worked examples are asked for.
