@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_tta.errors import RequestError
+from moe_tta.remix.cli import remix
 from moe_tta.spec import PARAMETER, parse
 from moe_tta.strategies import PAIRS, STRATEGIES
 from moe_tta.vllm_plugin.verify import CHECKS, Dtype
@@ -31,6 +32,9 @@ app = typer.Typer(
 )
 lab = typer.Typer(no_args_is_help=True)
 app.add_typer(lab, name="lab", help="Real MoE models, small enough for any machine.")
+app.add_typer(
+    remix, name="remix", help="Stores of solved questions and their pathways."
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
 LabName = Annotated[str, typer.Argument(help="A name from `moe-tta lab list`.")]

@@ -16,7 +16,7 @@ from moe_tta.errors import RequestError
 from moe_tta.plan import PlanError, Renorm, RoutingPlan, merge
 from moe_tta.shape import RouterShape
 from moe_tta.spans import SEGMENTS, span_segments
-from moe_tta.spec import RequestSpec
+from moe_tta.spec import PARAMETER, RequestSpec
 from moe_tta.strategies import PAIRS, STRATEGIES, PlanContext
 
 SALT_PREFIX = "moe-tta:"
@@ -31,11 +31,13 @@ class CompiledRequest:
         plans: One per `SEGMENTS`; `None` is the model's own rule.
         cached: Whether each segment's plan can change the KV cache.
         pair: The second stream, if the request asks for one.
+        prompt_tokens: Where the prompt ends for the plans; `None` at its real end.
     """
 
     plans: tuple[RoutingPlan | None, RoutingPlan | None, RoutingPlan | None]
     cached: tuple[bool, bool, bool]
     pair: CompiledPair | None = None
+    prompt_tokens: int | None = None
 
     @property
     def neutral(self) -> bool:
@@ -63,8 +65,23 @@ class CompiledRequest:
             for plan, cached in zip(self.plans, self.cached, strict=True)
         ]
         one_plan = len(set(marks)) == 1
-        key = [marks, None if one_plan else prompt_len, client_salt or ""]
+        end = self.prompt_tokens or prompt_len
+        key = [marks, None if one_plan else end, client_salt or ""]
         return SALT_PREFIX + hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
+
+    def check_prompt(self, prompt_len: int) -> None:
+        """Refuse a prompt shorter than the request says it is.
+
+        Raises:
+            RequestError: it has fewer tokens than `prompt_tokens`.
+        """
+        if self.prompt_tokens is not None and self.prompt_tokens > prompt_len:
+            raise RequestError(
+                f"expected 1..{prompt_len}, the prompt's tokens, got "
+                f"{self.prompt_tokens}",
+                f"{PARAMETER}.prompt_tokens",
+                self.prompt_tokens,
+            )
 
     def to_wire(self) -> dict[str, Any]:
         """Return plain types that msgpack can carry to the engine; the caller's own."""
@@ -73,6 +90,7 @@ class CompiledRequest:
             "plans": dict(self._plan_bytes),
             "segments": [plan and plan.fingerprint for plan in self.plans],
             "cached": list(self.cached),
+            "prompt_tokens": self.prompt_tokens,
         }
 
     @property
@@ -107,7 +125,9 @@ class CompiledRequest:
             for mark, data in wire["plans"].items()
         }
         chosen = (mark and plans[mark] for mark in wire["segments"])
-        return CompiledRequest(tuple(chosen), tuple(wire["cached"]))
+        return CompiledRequest(
+            tuple(chosen), tuple(wire["cached"]), prompt_tokens=wire["prompt_tokens"]
+        )
 
 
 @dataclass(frozen=True)
@@ -175,7 +195,7 @@ def _compile_stream(spec: RequestSpec, context: PlanContext) -> CompiledRequest:
             chosen = None if plan.neutral else plan
             done[active] = chosen, _touches_cache(plan, shape)
     plans, cached = zip(*(done[active] for active in active_in), strict=True)
-    return CompiledRequest(plans, cached)
+    return CompiledRequest(plans, cached, prompt_tokens=spec.prompt_tokens)
 
 
 def _plan_of(name: str, spec: RequestSpec, context: PlanContext) -> RoutingPlan:

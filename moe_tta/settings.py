@@ -41,6 +41,7 @@ class EngineSettings(BaseModel):
     Attributes:
         allow_inline: Whether HTTP clients may edit experts they name themselves.
         artefacts: Folder of each steering artefact by name.
+        stores: Folder of each reference store by name.
         presets: Requests by name, trusted as the operator's own.
         default: Preset of requests that carry no `moe_tta`.
         k_max: Widest selection the engine is built for; default the model's top_k.
@@ -52,6 +53,7 @@ class EngineSettings(BaseModel):
 
     allow_inline: bool = False
     artefacts: dict[Name, str] = {}
+    stores: dict[Name, str] = {}
     presets: dict[
         Name, Annotated[InstanceOf[RequestSpec], BeforeValidator(_preset)]
     ] = {}

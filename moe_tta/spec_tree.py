@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic import create_model as _create_model
 
 from moe_tta.errors import RequestError, from_validation
@@ -26,6 +26,8 @@ class RequestSpec:
     Attributes:
         members: Parameters of the strategies the request names.
         renorm: Applies to every layer and position, whatever the strategies' spans.
+        prompt_tokens: How many of the first tokens count as the prompt, whatever its
+            real length; `None` counts all.
         preset: The operator's preset it came from, if it did.
         root: Path of the object it was read from, in the user's view.
         pair: The second stream, if the request asks for one.
@@ -33,6 +35,7 @@ class RequestSpec:
 
     members: Mapping[str, StrategyParams] = field(default_factory=dict)
     renorm: RenormName = "model"
+    prompt_tokens: int | None = None
     preset: str | None = None
     root: str = PARAMETER
     pair: PairSpec | None = None
@@ -69,6 +72,7 @@ _PlanObject = _create_model(
 _RequestObject = _create_model(
     "RequestObject",
     __base__=_PlanObject,
+    prompt_tokens=(Annotated[int, Field(ge=1)] | None, None),
     **{name: (item.params | None, None) for name, item in PAIRS.items()},
 )
 
@@ -82,8 +86,14 @@ def from_tree(tree: Any) -> RequestSpec:
     given = _validated(_RequestObject, tree, PARAMETER)
     pairs = [name for name in PAIRS if getattr(given, name) is not None]
     if not pairs:
-        return _plan_spec(given, PARAMETER)
+        spec = _plan_spec(given, PARAMETER)
+        return replace(spec, prompt_tokens=given.prompt_tokens)
     name, *others = pairs
+    if given.prompt_tokens is not None:
+        raise RequestError(
+            f"expected not beside {name}, whose streams end with the real prompt",
+            f"{PARAMETER}.prompt_tokens",
+        )
     params = getattr(given, name)
     others += [m for m in STRATEGIES if getattr(given, m) is not None]
     others += ["renorm"] if given.renorm != "model" else []

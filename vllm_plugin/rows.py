@@ -20,6 +20,7 @@ from moe_tta.vllm_plugin.slots import SlotTable
 class PlannedRequest:
     """A request with a plan, as the worker knows it.
 
+    `prompt_len` is where its prompt ends for the plans.
     `segments` names the plan (by fingerprint) of the prompt's body, its last token
     and the generated tokens; `None` is the model's own rule.
     """
@@ -35,9 +36,8 @@ class PlannedRequest:
         wire = (params.extra_args or {}).get(PARAMETER) if params else None
         if not wire:
             return None
-        return PlannedRequest(
-            new_request.prompt_len, tuple(wire["segments"]), wire["plans"]
-        )
+        prompt_len = wire["prompt_tokens"] or new_request.prompt_len
+        return PlannedRequest(prompt_len, tuple(wire["segments"]), wire["plans"])
 
     def runs(self, start: int, count: int) -> Iterator[tuple[int, int, str]]:
         """Yield (first, end, fingerprint) for the planned rows of a chunk.

@@ -21,6 +21,7 @@ from moe_tta.vllm_plugin.model_shape import (
 )
 from moe_tta.vllm_plugin.options import read_settings
 from moe_tta.vllm_plugin.pair_rows import PairRows, kernels, plain_torch
+from moe_tta.vllm_plugin.pathways import PathwayRecorder
 from moe_tta.vllm_plugin.router import LayerRouting, arm_router
 from moe_tta.vllm_plugin.router_shape import correction_bias, shape_from_routers
 from moe_tta.vllm_plugin.rows import PlannedRequest, StepRows
@@ -47,7 +48,9 @@ class WorkerState:
         self.requests: dict[str, PlannedRequest] = {}
         self.rows: StepRows | None = None
         self.armed: list[LayerRouting | GpuLayerRouting] = []
+        self.shape: RouterShape | None = None
         self.trace: TraceRecorder | None = None
+        self.recorder: PathwayRecorder | None = None
         self.pairs = PairRows(device, self._combine_rows())
 
     def _combine_rows(self) -> dict[str, CombineRows]:
@@ -83,6 +86,7 @@ class WorkerState:
                 "the loaded routers differ from the model's config: "
                 + shape.difference(config)
             )
+        self.shape = shape
         self._arm_layers(runners, shape)
         if settings.trace_dir is not None:
             self._start_trace(Path(settings.trace_dir))
@@ -142,6 +146,8 @@ class WorkerState:
     def requests_changed(self, finished: Iterable[str], new: Iterable[Any]) -> None:
         """Forget finished requests, remember new ones with a plan or a partner."""
         self.pairs.requests_changed(finished, new)
+        if self.recorder is not None:
+            self.recorder.requests_changed(new)
         if self.trace is not None:
             self.trace.finish(finished)
         for req_id in finished:
@@ -159,6 +165,8 @@ class WorkerState:
         """Write the coming step's rows. See `StepRows.stage`."""
         if self.trace is not None:
             self.trace.begin_step(req_ids, num_scheduled, num_computed)
+        if self.recorder is not None:
+            self.recorder.begin_step(req_ids, num_scheduled, num_computed)
         if self.rows is not None:
             self.rows.stage(self.requests, req_ids, num_scheduled, num_computed)
 

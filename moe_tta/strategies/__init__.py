@@ -6,11 +6,13 @@ from __future__ import annotations
 from moe_tta.strategies.base import (
     PairStrategy,
     PlanContext,
+    Prompt,
     Strategy,
     StrategyParams,
 )
 from moe_tta.strategies.contrast import CONTRAST
 from moe_tta.strategies.dynamic_k import DYNAMIC_K
+from moe_tta.strategies.remix import REMIX
 from moe_tta.strategies.steer import STEER
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "STRATEGIES",
     "PairStrategy",
     "PlanContext",
+    "Prompt",
     "Strategy",
     "StrategyParams",
     "register",
@@ -55,4 +58,5 @@ def _check_free(name: str) -> None:
 
 register(STEER)
 register(DYNAMIC_K)
+register(REMIX)
 register_pair(CONTRAST)

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from moe_tta.spans import Span
 if TYPE_CHECKING:
     from moe_tta.artefact import Artefact
     from moe_tta.plan import RoutingPlan
+    from moe_tta.remix.errors import StoreError
+    from moe_tta.remix.serving import ServedStore
     from moe_tta.shape import RouterShape
 
 
@@ -57,11 +60,45 @@ class StrategyParams(BaseModel):
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A request's prompt, up to where it ends for the plans.
+
+    Attributes:
+        token_ids: Its tokens; `None` where the client sent embeddings.
+        decode: Turns tokens into text. Raises `RequestError` where the engine cannot.
+    """
+
+    token_ids: Sequence[int] | None
+    decode: Callable[[Sequence[int]], str]
+
+    @cached_property
+    def text(self) -> str:
+        """The prompt as text, without special tokens.
+
+        Raises:
+            RequestError: it has none.
+        """
+        if self.token_ids is None:
+            raise RequestError("prompt embeddings have no text", "")
+        return self.decode(self.token_ids)
+
+
+@dataclass(frozen=True)
 class PlanContext:
-    """What a strategy may look at: the model's routers and the loaded artefacts."""
+    """What a strategy may look at.
+
+    Attributes:
+        shape: The model's routers.
+        artefacts: The operator's artefacts by name.
+        stores: The operator's reference stores by name; an error is one that cannot
+            be used.
+        prompt: The request's prompt, for strategies that read it.
+    """
 
     shape: RouterShape
     artefacts: Mapping[str, Artefact] = field(default_factory=dict)
+    stores: Mapping[str, ServedStore | StoreError] = field(default_factory=dict)
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
@@ -73,11 +110,15 @@ class Strategy:
         params: Its parameters, checked without a model.
         plan: Writes the plan. Raises `RequestError` with a path relative to the
             strategy's member. `span` is not its business: the compiler reads it.
+        check: Of a strategy whose plan depends on the prompt: refuses what can be
+            refused without one, as `plan` would. Its requests are planned anew for
+            each prompt.
     """
 
     name: str
     params: type[StrategyParams]
     plan: Callable[[Any, PlanContext], RoutingPlan]
+    check: Callable[[Any, PlanContext], None] | None = None
 
 
 class PairParams(BaseModel):

@@ -29,8 +29,8 @@ def _no_repeats(entries: tuple[Any, ...]) -> tuple[Any, ...]:
     raise PydanticCustomError("repeated", "{what} is listed twice", {"what": what[:80]})
 
 
-def _layer_key(key: Any) -> Any:
-    """JSON object keys are strings; `allow` is keyed by layer number."""
+def layer_key(key: Any) -> Any:
+    """Read a layer number that is the key of a JSON object, and so a string."""
     if isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,8}", key, re.ASCII):
         return int(key)
     if isinstance(key, str):
@@ -58,7 +58,7 @@ Experts = Annotated[tuple[Expert, ...], Strict(False), FailFast(), Unique]
 Biases = Annotated[tuple[Bias, ...], Strict(False), FailFast(), Unique]
 Scales = Annotated[tuple[Scale, ...], Strict(False), FailFast(), Unique]
 Numbers = Annotated[tuple[int, ...], Strict(False), FailFast(), Unique]
-Layer = Annotated[int, BeforeValidator(_layer_key)]
+Layer = Annotated[int, BeforeValidator(layer_key)]
 
 
 class SteerParams(StrategyParams):
