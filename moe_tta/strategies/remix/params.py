@@ -78,7 +78,7 @@ class RemixParams(StrategyParams):
             ("alpha", "confidence"),
             *(("distribution", name) for name in (*LOOK_UP, "layers")),
         ):
-            if getattr(self, one) not in (None, False) and other in given:
+            if one in given and other in given:
                 raise PydanticCustomError(
                     "together",
                     "expected {one} or {other}, not both",
