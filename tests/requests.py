@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random but valid requests, drawn from every member the issue of plans knows."""
 
+import math
+
 SPANS = ("all", "prompt", "generated", "last_prompt")
 
 
@@ -13,6 +15,8 @@ def random_request(rng, shape):
         request["steer"] = _steer(rng, shape)
     if rng.random() < 0.5:
         request["dynamic_k"] = _dynamic_k(rng, shape)
+    if rng.random() < 0.3 and shape.is_distribution:
+        request["remix"] = _remix(rng, shape)
     if rng.random() < 0.3:
         request["renorm"] = rng.choice(["always", "never", "model"])
     return request
@@ -59,6 +63,16 @@ def _dynamic_k(rng, shape):
         return {"k": rng.randint(1, shape.k_max), "span": rng.choice(SPANS)}
     k_min = rng.randint(1, shape.k_max)
     return {"p": rng.random(), "k_min": k_min, "k_max": rng.randint(k_min, shape.k_max)}
+
+
+def _remix(rng, shape):
+    """Return distributions for some layers, as gradient descent would send them."""
+    drawn = {}
+    for layer in rng.sample(list(shape.layers), min(2, len(shape.layers))):
+        values = [rng.random() ** 4 for _ in range(shape.num_experts)]
+        drawn[str(layer)] = [value / math.fsum(values) for value in values]
+    span = rng.choice(["last_prompt", "last_prompt+generated"])
+    return {"distribution": drawn, "alpha": rng.choice([0, 0.3]), "span": span}
 
 
 def random_prompt(rng, prefixes, vocab=256):

@@ -38,8 +38,14 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())
 
 
-def conditions(flags: Mapping[str, Any], model: Model) -> dict[str, Any]:
+def conditions(flags: Mapping[str, Any], model: Model | None = None) -> dict[str, Any]:
     """Return what a number needs beside it: machine, versions, date, flags, model."""
+    plain = {name: _plain(value) for name, value in flags.items()}
+    named = {} if model is None else _model(plain, model)
+    return {**_machine(), "flags": plain, **named}
+
+
+def _machine() -> dict[str, Any]:
     import torch
     import triton
     from vllm.platforms import current_platform
@@ -60,10 +66,12 @@ def conditions(flags: Mapping[str, Any], model: Model) -> dict[str, Any]:
         "python": platform.python_version(),
         "moe_tta": moe_tta.__version__,
         "commit": _commit(),
-        "flags": {
-            **{name: _plain(value) for name, value in flags.items()},
-            "model": model.name,
-        },
+    }
+
+
+def _model(flags: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    return {
+        "flags": {**flags, "model": model.name},
         "model": model.config.model_type,
         "weights": "random" if model.load_format == "dummy" else "loaded",
     }

@@ -2,16 +2,21 @@
 """JSON blocks are what they claim to be, and every block claims to be something."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from moe_tta import RouterShape
 from moe_tta.artefact import Artefact, ArtefactCard
 from moe_tta.compile import compile_request
+from moe_tta.deferred import DeferredRequest, compile_or_defer
+from moe_tta.remix.card import ModelCard
 from moe_tta.settings import EngineSettings
 from moe_tta.spec import parse
-from moe_tta.strategies import PlanContext
+from moe_tta.strategies import PlanContext, Prompt
 from tests.docs.blocks import BLOCKS, select
+from tests.remix.making import made_store, served
 
 LAB = RouterShape(
     layers=tuple(range(30)), num_hidden_layers=30, num_experts=8, top_k=2, k_max=4
@@ -21,8 +26,6 @@ KINDS = ("bash", "python", "json request", "json settings", "json response", "te
 
 def context():
     """The lab model, with the artefact that docs/strategies/steer.md saves."""
-    import numpy as np
-
     card = ArtefactCard(
         name="formal",
         base_model="smollm2-moe",
@@ -40,9 +43,30 @@ def test_every_block_is_of_a_kind_that_some_test_reads():
     assert [(str(b), b.info) for b in BLOCKS if b.info not in KINDS] == []
 
 
+class Everywhere(dict):
+    """Embeds every text alike."""
+
+    def __missing__(self, text):
+        return [1.0] * 8
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """The store `solved` of the pages, with three references."""
+    model = ModelCard.of(LAB, name="lab", weights="", dtype="float32")
+    size = (3, len(LAB.layers), LAB.num_experts)
+    pathways = np.random.default_rng(0).dirichlet(np.ones(LAB.num_experts), size[:2])
+    folder = tmp_path_factory.mktemp("stores")
+    store = made_store(folder, np.eye(3, 8) + 1, pathways, model)
+    return {"solved": served(store, Everywhere())}
+
+
 @pytest.mark.parametrize("block", select("json request"), ids=str)
-def test_requests_are_accepted(block):
-    compiled = compile_request(parse(block.text, presets={}), context())
+def test_requests_are_accepted(block, stores):
+    full = replace(context(), stores=stores)
+    compiled = compile_or_defer(parse(block.text, presets={}), full)
+    if isinstance(compiled, DeferredRequest):
+        compiled = compiled.compile(full, Prompt([5, 6], lambda ids: "a prompt"))
     assert compiled.pair or not compiled.neutral
 
 

