@@ -16,6 +16,7 @@ from benchmarks.demo.cases import Case, cases, settings
 from benchmarks.demo.client import MODEL, Answer, ask_all
 from benchmarks.demo.report import Result, faults, print_table
 from benchmarks.demo.server import ServerError, serve
+from benchmarks.demo.store import build_store
 from benchmarks.demo.traces import find_trace, read_routing
 from moe_tta.lab import MODELS, lab_path
 from moe_tta.plots import routing_heat_map
@@ -51,7 +52,11 @@ def run(args: argparse.Namespace, console: Console, scratch: Path) -> list[str]:
     model, shape = find_model(args.model, console)
     todo = cases(shape)
     traces = scratch / "traces"
-    options = settings(shape, str(traces))
+    store = None
+    if shape.is_distribution:
+        with console.status("building a store of solved questions"):
+            store = str(build_store(model, scratch))
+    options = settings(shape, str(traces), store)
     start = time.perf_counter()
     with (
         console.status("starting vllm serve") as status,

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 import moe_tta
+from benchmarks.demo.store import NAME
 from benchmarks.demo.traces import Routing
 from moe_tta.client import Request
 from moe_tta.shape import RouterShape
+from moe_tta.strategies.remix.strategy import LAST_LAYERS
 
 K_MAX = 4
 PRESET = "thrifty"
@@ -34,12 +36,13 @@ class Case:
     refused: str | None = None
 
 
-def settings(shape: RouterShape, trace_dir: str) -> dict:
+def settings(shape: RouterShape, trace_dir: str, store: str | None) -> dict:
     """What an operator passes by --additional-config, under `moe_tta`."""
     return {
         "allow_inline": True,
         "k_max": k_max(shape),
         "presets": {PRESET: {"dynamic_k": {"k": 1, "span": "generated"}}},
+        "stores": {} if store is None else {NAME: store},
         "trace_dir": trace_dir,
     }
 
@@ -88,6 +91,7 @@ def cases(shape: RouterShape) -> list[Case]:
             "1 expert for generated tokens only",
             lambda r: 1 < r.experts_per_token < shape.top_k,
         ),
+        *([_remix(shape)] if shape.is_distribution else []),
         Case(
             "contrast: weak rank 2",
             ask(contrast={"weak": {"rank": 2}}),
@@ -100,6 +104,19 @@ def cases(shape: RouterShape) -> list[Case]:
             refused="moe_tta.steer.promote[0]",
         ),
     ]
+
+
+def _remix(shape: RouterShape) -> Case:
+    """The pathway of the nearest solved question, in the last layers of one token."""
+    changed = len(shape.layers) - LAST_LAYERS
+    return Case(
+        "remix: 1 solved neighbour",
+        moe_tta.request(remix={"store": NAME, "k": 1, "floor": -1.0}),
+        "one token's experts changed, in the last layers",
+        lambda r: bool(
+            r.changed.any(axis=1).sum() == 1 and not r.changed[:, :changed].any()
+        ),
+    )
 
 
 def _plain(top_k: int) -> Callable[[Routing], bool]:

@@ -21,14 +21,19 @@ class Routing:
     used: np.ndarray
 
     @property
+    def changed(self) -> np.ndarray:
+        """[tokens, layers] whether experts changed."""
+        return (self.stock != self.used).any(axis=2)
+
+    @property
     def changed_tokens(self) -> float:
         """Share of tokens whose experts changed in one layer or more."""
-        return float((self.stock != self.used).any(axis=(1, 2)).mean())
+        return float(self.changed.any(axis=1).mean())
 
     @property
     def changed_choices(self) -> float:
         """Share of (token, layer) pairs whose experts changed."""
-        return float((self.stock != self.used).any(axis=2).mean())
+        return float(self.changed.mean())
 
     @property
     def experts_per_token(self) -> float:

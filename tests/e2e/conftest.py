@@ -15,7 +15,10 @@ import openai
 import pytest
 
 from moe_tta.artefact import save_artefact
+from moe_tta.remix.card import ModelCard
+from moe_tta.remix.checkpoint import weights_hash
 from moe_tta.vllm_plugin.model_shape import shape_from_config
+from tests.remix.making import DIM, made_store
 
 # the artefact "quiet" forbids these experts in layer 2
 QUIET = [0, 1, 2, 3]
@@ -40,8 +43,13 @@ def server(lab, tmp_path_factory):
     save_artefact(
         folder / "quiet", {"allow": allow}, shape=shape, name="quiet", base_model="lab"
     )
+    rng, weights = np.random.default_rng(0), weights_hash(Path(model))
+    card = ModelCard.of(shape, name="lab", weights=weights, dtype="float32")
+    pathways = rng.dirichlet(np.ones(64) / 8, (2, len(shape.layers)))
+    solved = made_store(folder / "remix", np.eye(2, DIM), pathways, card)
     settings = {
         "k_max": 12,
+        "stores": {"solved": str(solved.path), "gone": str(folder / "gone")},
         "artefacts": {"quiet": str(folder / "quiet")},
         "presets": {
             "frugal": {"dynamic_k": {"k": 2}},

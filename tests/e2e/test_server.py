@@ -7,6 +7,7 @@ import pytest
 import moe_tta
 
 PROMPT = "The river runs through the old town and"
+NEAR = [1.0] + [0.0] * 7  # the first reference of the store "solved"
 
 
 def complete(client, request=None, **options):
@@ -39,6 +40,7 @@ def test_startup_line(server, client):
         {"steer": {"mask": "quiet"}},
         {"preset": "frugal"},
         {"preset": "loud"},
+        {"remix": {"store": "solved", "vector": NEAR}},
     ],
     ids=str,
 )
@@ -53,6 +55,8 @@ def test_neutral_requests_do_not(client):
     plain = complete(client)
     assert complete(client, {"dynamic_k": {"k": 8}}) == plain
     assert complete(client, {}) == plain
+    far = {"store": "solved", "vector": [-x for x in NEAR], "floor": 0.1}
+    assert complete(client, {"remix": far}) == plain
 
 
 def test_chat_streaming_and_two_choices(client):
@@ -79,6 +83,12 @@ REFUSED = [
     ('{"dynamic_k": {"p": NaN}}', "dynamic_k.p", "finite"),
     ('{"dynamic_k": {"k": true}}', "dynamic_k.k", "integer"),
     ('{"dynamick": {"k": 1}}', "dynamick", "did you mean 'dynamic_k'"),
+    ('{"remix": {"store": "solvd"}}', "remix.store", "did you mean 'solved'"),
+    ('{"remix": {"store": "gone"}}', "remix.store", "No such file"),
+    ('{"remix": {"store": "solved", "k": 3}}', "remix.k", "1..2"),
+    ('{"remix": {"store": "solved"}}', "remix.vector", "hidden states"),
+    ('{"remix": {"distribution": {"0": [1]}}}', "remix.distribution", "inline"),
+    ('{"dynamic_k": {"k": 1}, "prompt_tokens": 99}', "prompt_tokens", "1.."),
     ("frugle", "", "did you mean 'frugal'"),
     ('{"renorm": "sometimes"}', "renorm", "always"),
     ("{", "", "JSON"),
