@@ -52,12 +52,12 @@ class Everywhere(dict):
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-    """The store `solved` of the pages, with three references."""
+    """The store `solved` of the pages, with eight references."""
     model = ModelCard.of(LAB, name="lab", weights="", dtype="float32")
-    size = (3, len(LAB.layers), LAB.num_experts)
-    pathways = np.random.default_rng(0).dirichlet(np.ones(LAB.num_experts), size[:2])
+    size = (8, len(LAB.layers))
+    pathways = np.random.default_rng(0).dirichlet(np.ones(LAB.num_experts), size)
     folder = tmp_path_factory.mktemp("stores")
-    store = made_store(folder, np.eye(3, 8) + 1, pathways, model)
+    store = made_store(folder, 3 * np.eye(8) + 1, pathways, model)
     return {"solved": served(store, Everywhere())}
 
 
