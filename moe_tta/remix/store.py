@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -20,6 +21,7 @@ from moe_tta.remix.shards import Shard, sha256
 
 INDEX_FILE = "index.faiss"
 TEXTS_FILE = "references.jsonl"
+BLOCK_ROWS = 1024
 SUM_ERROR = 1e-3  # of a distribution stored in float16, and what plans accept
 
 
@@ -69,11 +71,29 @@ class Store:
         Raises:
             StoreError: a file was damaged since it was opened, or a layer is not held.
         """
+        places = self._places(layers)
+        return self._gather("pathways", rows)[:, places].astype(np.float32)
+
+    def blocks(self, layers: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield all references in order: rows [n] and pathways [n, len(layers), E].
+
+        Raises:
+            StoreError: as `pathways`.
+        """
+        places, first = self._places(layers), 0
+        for shard, count in zip(self.shards, self.card.shard_rows, strict=True):
+            for start in range(0, count, BLOCK_ROWS):
+                size = min(BLOCK_ROWS, count - start)
+                block = shard.rows("pathways", start, size)[:, places]
+                rows = np.arange(first + start, first + start + size)
+                yield rows, block.astype(np.float32)
+            first += count
+
+    def _places(self, layers: list[int]) -> list[int]:
         missing = sorted(set(layers) - set(self.card.layers))
         if missing:
             raise StoreError(f"{self.path}: holds no layer {missing[0]}")
-        places = [self.card.layers.index(layer) for layer in layers]
-        return self._gather("pathways", rows)[:, places].astype(np.float32)
+        return [self.card.layers.index(layer) for layer in layers]
 
     def norms(self, rows: np.ndarray) -> np.ndarray:
         """Return the lengths [K] of references' embeddings before scaling to 1."""
