@@ -152,7 +152,7 @@ def test_pooling_is_refused(llm):
     compiled = admission.compile(params, resumable=False)
     request = SimpleNamespace(sampling_params=None, cache_salt=None)
     with pytest.raises(VLLMValidationError, match="not pooling"):
-        admission.attach(request, compiled)
+        admission.attach(request, compiled, str)
 
 
 def test_a_pair_that_just_fits(llm):
