@@ -231,7 +231,7 @@ class Admission:
         if isinstance(asked, DeferredRequest):
             prompt = Prompt(request.prompt_token_ids, decode)
             asked = asked.compile(self.context, prompt)
-        if asked is not None:
+        if asked is not None and asked.prompt_tokens is not None:
             asked.check_prompt(_prompt_len(request))
         return asked
 
