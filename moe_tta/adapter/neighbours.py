@@ -150,7 +150,7 @@ class NeighbourTail:
     def loss(self, omega: torch.Tensor) -> torch.Tensor:
         """Return each request's surrogate, the neighbours' weighted mean NLL, [Q].
 
-        Source: C3PO (arXiv 2504.07964), L_sur of section 1a of our notes.
+        Source: C3PO (arXiv 2504.07964), L_sur.
         Differs: an answer's loss is its tokens' mean; the paper does not say.
         """
         return mean_by_owner(self.nll(omega), self.owners, len(omega), self.weights)

@@ -37,7 +37,7 @@ def survey(model: AdapterModel, contexts: Contexts, delta: torch.Tensor) -> Surv
 
     `C_l = -(1/k) sum_j log p_lj` over the k chosen experts, averaged over the context.
 
-    Source: Rewiring Experts on the Fly (arXiv 2510.14853), section 2a of our notes.
+    Source: Rewiring Experts on the Fly (arXiv 2510.14853).
     Differs: the average over tokens is ours; the paper's is unconfirmed.
 
     Args:
