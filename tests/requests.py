@@ -37,11 +37,9 @@ def _steer(rng, shape):
             steer["promote"] = [[layer, chosen[0]]]
             steer["demote"] = [[layer, chosen[1]]]
         elif name == "allow":
-            keep = max(shape.k_max, shape.num_experts // 2)
             # a promoted expert must stay allowed
             promoted = [e for _, e in steer.get("promote", [])]
-            rest = [e for e in range(shape.num_experts) if e not in promoted]
-            experts = promoted + rng.sample(rest, keep)
+            experts = promoted + _allowed(rng, shape, promoted)
             steer["allow"] = {str(rng.choice(layers)): experts}
         elif name == "bias":
             steer["bias"] = [[*p, rng.uniform(-4, 4)] for p in _pairs(rng, shape, 4)]
@@ -56,6 +54,17 @@ def _steer(rng, shape):
             for layer, experts in steer["allow"].items()
         }
     return steer
+
+
+def _allowed(rng, shape, promoted):
+    """Return experts beside the promoted: any groups of a token hold enough of them."""
+    per_group = shape.num_experts // shape.num_expert_group
+    keep = max(math.ceil(shape.k_max / shape.topk_group), per_group // 2)
+    chosen = []
+    for first in range(0, shape.num_experts, per_group):
+        rest = [e for e in range(first, first + per_group) if e not in promoted]
+        chosen += rng.sample(rest, min(keep, len(rest)))
+    return chosen
 
 
 def _dynamic_k(rng, shape):
