@@ -20,8 +20,8 @@ install: ## create .venv with vLLM for CPUs and this checkout
 demo: install ## serve a real MoE, steer it per request, draw demo-out/heatmap.png
 	@.venv/bin/python -m benchmarks.demo --model $(DEMO_MODEL)
 
-test: install ## run all tests; ARGS="-k name" picks some
-	.venv/bin/python -m pytest $(ARGS)
+test: install ## run all tests, one process a core; ARGS="-k name" picks some
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(THREADS) --dist loadfile $(ARGS)
 
 lint: install ## check style and formatting
 	.venv/bin/ruff check .

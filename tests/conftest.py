@@ -7,6 +7,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# engines of several test processes must not be bound to the same core
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 # stock vLLM on CPU is bit-exact across batching only so, and in float32 (docs/log.md)
 os.environ.setdefault("VLLM_CPU_ATTN_SPLIT_KV", "0")
 

@@ -134,9 +134,16 @@ def lab_path(
         LabError: unknown name, missing differences, failed download or wrong hash.
     """
     card = load_card(card_path(name))
-    target = (cache or default_cache()) / name
+    cache = cache or default_cache()
+    target = cache / name
     if not is_built(target, card):
-        return build(name, cache, progress)
+        from filelock import FileLock
+
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / ".lock"):
+            # another process may have built it meanwhile
+            if not is_built(target, card):
+                return build(name, cache, progress)
     if verify:
         check_files(target, card)
     return target

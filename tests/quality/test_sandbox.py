@@ -37,7 +37,6 @@ def test_passed(program):
             "import socket; socket.create_connection(('127.0.0.1', 80), 2)",
             "Network is unreachable",
         ),
-        (f"import os; os.kill({os.getpid()}, 0)", "ProcessLookupError"),
         (f"import os; os.rename({__file__!r}, 'gone')", "OSError|PermissionError"),
         (f"import os; os.truncate({__file__!r}, 0)", "PermissionError"),
         ("import os; os.mkdir('/tmp/moe-tta-escaped')", "PermissionError"),
@@ -53,6 +52,12 @@ def test_failed(program, reason, monkeypatch):
     found = run_program(program)
     assert found.verdict == "failed"
     assert any(word in found.output for word in reason.split("|"))
+
+
+def test_this_process_is_not_there():
+    found = run_program(f"import os; os.kill({os.getpid()}, 0)")
+    assert found.verdict == "failed"
+    assert "ProcessLookupError" in found.output
 
 
 def test_a_loop_is_ended():
