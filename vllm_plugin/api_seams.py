@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from moe_tta.errors import RequestError
@@ -25,10 +26,11 @@ def init_admission(original: Callable) -> Callable:
 
 def admit(original: Callable) -> Callable:
     """Compile each request on its way in; bad ones never reach the engine."""
+    from moe_tta.vllm_plugin.aside import compiled_aside
 
     def process_inputs(self, request_id, prompt, params, *args, **kwargs):
         resumable = bool(kwargs.get("resumable"))
-        plan = self.moe_tta.compile(params, resumable)
+        plan = compiled_aside.get() or self.moe_tta.compile(params, resumable)
         params = self.moe_tta.without_object(params)
         request = original(self, request_id, prompt, params, *args, **kwargs)
         self.moe_tta.attach(request, plan, lambda ids: _decode(self, ids))
@@ -65,8 +67,11 @@ def mark_offline(original: Callable) -> Callable:
     return init
 
 
-def watch_http_bodies(original: Callable) -> Callable:
-    """Check bodies before a stream begins: later, its status is 200 already."""
+def init_server(original: Callable) -> Callable:
+    """Check bodies before a stream begins: later, its status is 200 already.
+
+    What takes long to compile gets a thread of its own.
+    """
 
     def init(self, *args, **kwargs):
         from vllm.entrypoints.openai.chat_completion.protocol import (
@@ -75,9 +80,13 @@ def watch_http_bodies(original: Callable) -> Callable:
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
         from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
+        from moe_tta.vllm_plugin.aside import Aside
+
         original(self, *args, **kwargs)
+        processor = self.input_processor
+        self.moe_tta_aside = Aside(processor.moe_tta, partial(_decode, processor))
         for body in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
-            body.moe_tta = self.input_processor.moe_tta
+            body.moe_tta = processor.moe_tta
             wrap(body, "to_sampling_params", _check_body)
         for body in (ChatCompletionRequest, CompletionRequest):
             wrap(body, "to_beam_search_params", _refuse_beams)

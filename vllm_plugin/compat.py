@@ -59,6 +59,7 @@ def install() -> None:
 
     from moe_tta.vllm_plugin import (
         api_seams,
+        aside,
         pair_metrics,
         pathways,
         runner_seams,
@@ -68,7 +69,8 @@ def install() -> None:
     wrap(InputProcessor, "process_inputs", api_seams.admit)
     wrap(InputProcessor, "assign_request_id", api_seams.refuse_unadmitted)
     wrap(LLMEngine, "__init__", api_seams.mark_offline)
-    wrap(AsyncLLM, "__init__", api_seams.watch_http_bodies)
+    wrap(AsyncLLM, "__init__", api_seams.init_server)
+    wrap(AsyncLLM, "add_request", aside.add_aside)
     wrap(StatLoggerManager, "__init__", pair_metrics.init_counts)
     wrap(StatLoggerManager, "record", pair_metrics.record_counts)
     wrap(VllmConfig, "compute_hash", _hash_with_plugin)
