@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from moe_tta.kernels.recall import Recalled
 from moe_tta.kernels.scores import RoutingRule, score_experts
 from moe_tta.kernels.selection import Ranked, count_experts, sample_order
 from moe_tta.kernels.table import DROP, Features, LayerTable
@@ -53,14 +54,15 @@ def route(
     width: int,
     layer: int,
     features: Features = Features.ALL,
+    recalled: Recalled | None = None,
 ) -> Routing:
     """Route every row by its slot's plan.
 
     Order: forbid and bias, promote and demote, target, groups, ranking, selection,
     scale and drop, renormalisation, the model's scaling factor. Ranking goes by the
     logits where the router has no correction bias (its scores are monotone in them),
-    by the blended distribution in rows with a target, and by biased scores otherwise;
-    ties go to the lowest expert id.
+    by the blended distribution in rows with a target, their own or the plan's, and by
+    biased scores otherwise; ties go to the lowest expert id.
 
     Source: the row operations of SteerMoE (arXiv 2509.09660), C3PO (2504.07964),
     dynamic-k rules (see `count_experts`), RICE (2505.14681) and MoTE (2502.11096).
@@ -75,12 +77,14 @@ def route(
         layer: Decoder-layer number, read by `Select.SAMPLE` only.
         features: Parts that some slot in use needs; the others are skipped, which
             changes nothing.
+        recalled: What the rows recall (`recall_rows`); `None` where the engine has no
+            token memory. Softmax routers without correction bias only.
     """
     logits = router_logits[:, : table.bias.shape[1]].float()
     flags = None
     if features & (Features.MASK | Features.PROMOTE | Features.WEIGHTS):
         flags = table.flags.index_select(0, slots)
-    scores, keys = score_experts(logits, flags, slots, table, rule, features)
+    scores, keys = score_experts(logits, flags, slots, table, rule, features, recalled)
     order, eligible = _rank(keys), _count_eligible(keys)
     if not features & Features.SELECT:
         count = eligible.clamp_max(min(rule.top_k, width))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_tta.kernels.recall import Recalled
 from moe_tta.kernels.table import DEMOTE, FORBIDDEN, PROMOTE, Features, LayerTable
 from moe_tta.shape import RouterShape, Scoring
 
@@ -61,11 +62,12 @@ def score_experts(
     table: LayerTable | None,
     rule: RoutingRule,
     features: Features,
+    recalled: Recalled | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the plan's edits of logits and scores, and the model's group choice.
 
     Source: SteerMoE (arXiv 2509.09660, promote and demote), C3PO (2504.07964) and
-    kNN-MoE (2601.02144) (target and mix).
+    kNN-MoE (2601.02144) (target and mix, the plan's or the row's own).
 
     Args:
         logits: [T, E] float32.
@@ -74,6 +76,7 @@ def score_experts(
         table: The layer's plans; `None` with `Features.NONE`.
         rule: The layer's own rule.
         features: Parts that some slot in use needs.
+        recalled: The rows' own targets, where the layer has token memories.
 
     Returns:
         scores [T, E], the weights before renormalisation, 0 where forbidden; and
@@ -95,14 +98,30 @@ def score_experts(
         if steer:
             keys = _steer(keys, flags, forbidden)
         keys = _fill(keys, forbidden, float("-inf"))
-    elif rule.softmax and features & Features.TARGET:
-        mix = table.mix.index_select(0, slots)[:, None]
-        target = table.target.index_select(0, slots)
+    elif rule.softmax and (features & Features.TARGET or recalled is not None):
+        target, mix = _target(slots, table, features, recalled)
         scores = _fill((1 - mix) * scores + mix * target, forbidden, 0.0)
         keys = torch.where(mix > 0, _fill(scores, forbidden, float("-inf")), keys)
     if rule.num_expert_group > 1:
         keys = _keep_best_groups(keys, flags if steer else None, rule)
     return scores, keys
+
+
+def _target(
+    slots: torch.Tensor,
+    table: LayerTable,
+    features: Features,
+    recalled: Recalled | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's target [T, E] and its share [T, 1]; a plan has one kind."""
+    if not features & Features.TARGET:
+        return recalled.target, recalled.mix[:, None]
+    mix = table.mix.index_select(0, slots)[:, None]
+    target = table.target.index_select(0, slots)
+    if recalled is None:
+        return target, mix
+    own = recalled.mix[:, None]
+    return torch.where(own > 0, recalled.target, target), mix + own
 
 
 def _activate(logits: torch.Tensor, rule: RoutingRule) -> torch.Tensor:

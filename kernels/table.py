@@ -17,6 +17,7 @@ from moe_tta.shape import RouterShape
 
 # bits of `flags`
 FORBIDDEN, PROMOTE, DEMOTE, DROP = 1, 2, 4, 8
+_INTEGERS = ("select", "k_min", "k_max", "renorm", "memory", "neighbours")
 _TORCH = {
     np.uint8: torch.uint8,
     np.int32: torch.int32,
@@ -36,7 +37,8 @@ class Features(IntFlag):
     SELECT = 16  # select with its numbers
     SAMPLE = 32  # Select.SAMPLE somewhere
     WEIGHTS = 64  # scale, drop, renorm
-    ALL = 127
+    RECALL = 128  # memory, neighbours
+    ALL = 255
 
 
 class LayerTable(NamedTuple):
@@ -54,6 +56,8 @@ class LayerTable(NamedTuple):
     k_min: torch.Tensor  # [S] int32
     k_max: torch.Tensor  # [S] int32
     renorm: torch.Tensor  # [S] int32, Renorm
+    memory: torch.Tensor  # [S] int32, place of a token memory from 1, or 0
+    neighbours: torch.Tensor  # [S] int32
     select_args: torch.Tensor  # [S, 3] f32
     seed: torch.Tensor  # [S] int64
     packed: torch.Tensor  # [S, Layout.num_bytes] uint8, rows at multiples of 16 bytes
@@ -83,7 +87,7 @@ def _fields(num_experts: int) -> dict[str, tuple[type, tuple[int, ...]]]:
     return {
         "seed": (np.int64, ()),
         "mix": (np.float32, ()),
-        **dict.fromkeys(("select", "k_min", "k_max", "renorm"), (np.int32, ())),
+        **dict.fromkeys(_INTEGERS, (np.int32, ())),
         "select_args": (np.float32, (NUM_SELECT_ARGS,)),
         **dict.fromkeys(("bias", "target", "scale"), (np.float32, per_expert)),
         "flags": (np.uint8, per_expert),
@@ -184,6 +188,7 @@ def plan_features(plan: RoutingPlan) -> Features:
         (Features.TARGET, ("mix",)),
         (Features.SELECT, ("select",)),
         (Features.WEIGHTS, ("scale", "drop", "renorm")),
+        (Features.RECALL, ("memory",)),
     ):
         if differs(*names):
             used |= feature

@@ -49,6 +49,8 @@ FIELDS: dict[str, tuple[type, bool, float]] = {
     "demote": (np.bool_, True, False),
     "target": (np.float32, True, 0.0),
     "mix": (np.float32, False, 0.0),
+    "memory": (np.int32, False, 0),
+    "neighbours": (np.int32, False, 0),
     "select": (np.int32, False, int(Select.MODEL)),  # numpy is slow with enums
     "k_min": (np.int32, False, 1),
     "k_max": (np.int32, False, 0),
@@ -59,7 +61,10 @@ FIELDS: dict[str, tuple[type, bool, float]] = {
     "renorm": (np.int32, False, int(Renorm.MODEL)),
 }
 SELECT_FIELDS = ("select", "k_min", "k_max", "select_args", "seed")
+# what says nothing without the field it belongs to
+_ONLY_NUMBERS = ("target", "neighbours", *SELECT_FIELDS[1:])
 NUM_SELECT_ARGS = 3
+MAX_RECALLED = 64  # most neighbours of one row
 
 
 class PlanError(ValueError):
@@ -73,7 +78,9 @@ class RoutingPlan:
     Shapes, with L = len(shape.layers) and E = shape.num_experts: per-expert fields
     [L, E], per-layer fields [L], `select_args` [L, 3]. Operations apply in the order
     the fields stand in. `target` [L, E] is a distribution over experts, blended as
-    `(1 - mix) * p + mix * target`. `seed` feeds `Select.SAMPLE` only.
+    `(1 - mix) * p + mix * target`; `memory` instead names the token memory, by its
+    place in the engine from 1, in which each row looks up its own target and mix among
+    `neighbours` tokens. `seed` feeds `Select.SAMPLE` only.
     """
 
     allow: np.ndarray | None = None
@@ -82,6 +89,8 @@ class RoutingPlan:
     demote: np.ndarray | None = None
     target: np.ndarray | None = None
     mix: np.ndarray | None = None
+    memory: np.ndarray | None = None
+    neighbours: np.ndarray | None = None
     select: np.ndarray | None = None
     k_min: np.ndarray | None = None
     k_max: np.ndarray | None = None
@@ -119,7 +128,7 @@ class RoutingPlan:
         masks = [
             (value != FIELDS[name][2]).reshape(len(value), -1).any(axis=1)
             for name, value in self.arrays().items()
-            if name not in ("target", "k_min", "k_max", "select_args", "seed")
+            if name not in _ONLY_NUMBERS
         ]
         return np.logical_or.reduce(masks) if masks else np.zeros(0, bool)
 
@@ -132,6 +141,8 @@ class RoutingPlan:
             kept[name] = array if (array != neutral).any() else None
         if kept.get("mix") is None:
             kept["target"] = kept["mix"] = None
+        if kept.get("memory") is None:
+            kept["neighbours"] = None
         if kept.get("select") is None:
             kept.update(dict.fromkeys(SELECT_FIELDS))
         else:

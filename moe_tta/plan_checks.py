@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_tta.plan import FIELDS, NUM_SELECT_ARGS, PlanError, Renorm, Select
+from moe_tta.plan import (
+    FIELDS,
+    MAX_RECALLED,
+    NUM_SELECT_ARGS,
+    PlanError,
+    Renorm,
+    Select,
+)
 
 if TYPE_CHECKING:
     from moe_tta.plan import RoutingPlan
@@ -22,6 +29,7 @@ def check_plan(plan: RoutingPlan, shape: RouterShape) -> None:
     _check_selection(plan, shape)
     _check_masks(plan, shape)
     _check_target(plan, shape)
+    _check_memory(plan, shape)
 
 
 def _check_arrays(plan: RoutingPlan, shape: RouterShape) -> None:
@@ -129,6 +137,29 @@ def _check_target(plan: RoutingPlan, shape: RouterShape) -> None:
     totals = plan.target[used].sum(axis=1)
     if not np.allclose(totals, 1.0, atol=1e-3):
         raise PlanError("target must sum to 1 over experts where mix > 0")
+
+
+def _check_memory(plan: RoutingPlan, shape: RouterShape) -> None:
+    if plan.memory is None:
+        if plan.neighbours is not None:
+            raise PlanError("neighbours needs memory")
+        return
+    if not shape.is_distribution:
+        raise PlanError("memory needs a softmax router without correction bias")
+    used = plan.memory > 0
+    if (plan.memory < 0).any():
+        raise PlanError("memory must be a place from 1, or 0 for none")
+    if (
+        plan.neighbours is None
+        or not (
+            (plan.neighbours[used] >= 1) & (plan.neighbours[used] <= MAX_RECALLED)
+        ).all()
+    ):
+        raise PlanError(
+            f"neighbours must lie in 1..{MAX_RECALLED} where memory is used"
+        )
+    if plan.mix is not None and (used & (plan.mix > 0)).any():
+        raise PlanError("a layer has both a target and a memory to look one up in")
 
 
 def _check_selection(plan: RoutingPlan, shape: RouterShape) -> None:

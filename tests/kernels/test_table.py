@@ -16,6 +16,8 @@ FULL = {
     "bias": [1, 2, 3, 4],
     "target": [0, 0, 0.5, 0.5],
     "mix": 0.5,
+    "memory": 3,
+    "neighbours": 7,
     "select": Select.SAMPLE,
     "k_min": 2,
     "k_max": 3,
@@ -97,6 +99,7 @@ def test_only_real_slots_can_be_written(slot):
         (["scale"], Features.WEIGHTS),
         (["drop"], Features.WEIGHTS),
         (["renorm"], Features.WEIGHTS),
+        (["memory", "neighbours"], Features.RECALL),
         (list(FULL), Features.ALL),
     ],
 )
@@ -119,13 +122,13 @@ def test_types_and_size():
     types = {name: view.dtype for name, view in table.layer(0)._asdict().items()}
     assert types.pop("packed") == torch.uint8
     floats = ("bias", "target", "scale", "mix", "select_args")
-    integers = ("select", "k_min", "k_max", "renorm")
+    integers = ("select", "k_min", "k_max", "renorm", "memory", "neighbours")
     assert types == {
         "flags": torch.uint8,
         "seed": torch.int64,
         **dict.fromkeys(floats, torch.float32),
         **dict.fromkeys(integers, torch.int32),
     }
-    numbers, arrays = 8 + 4 * (1 + 4 + 3), 4 * (3 * 4 + 1)
-    assert (numbers, arrays) == (40, 52)  # each padded to 16
+    numbers, arrays = 8 + 4 * (1 + 6 + 3), 4 * (3 * 4 + 1)
+    assert (numbers, arrays) == (48, 52)  # each padded to 16
     assert table.nbytes == 3 * 3 * (48 + 64)

@@ -47,6 +47,8 @@ def full_plan():
         demote=experts(2, layer=1),
         target=target / target.sum(axis=1, keepdims=True),
         mix=np.float32([0.5, 0, 1]),
+        memory=np.int32([0, 2, 0]),
+        neighbours=np.int32([0, 5, 0]),
         select=np.int32([Select.SAMPLE, Select.MODEL, Select.TOP_P]),
         k_min=np.int32([1, 1, 2]),
         k_max=np.int32([3, 0, 4]),
