@@ -20,8 +20,9 @@ from moe_tta.remix.build import (
     record_parts,
     work_folder,
 )
-from moe_tta.remix.card import CARD_FILE, Counts, EmbedderCard, FileCard, StoreCard
+from moe_tta.remix.card import Counts, EmbedderCard, StoreCard
 from moe_tta.remix.errors import StoreError
+from moe_tta.remix.folder import describe_files, write_card
 from moe_tta.remix.index import build_index, without_duplicates, write_index
 from moe_tta.remix.questions import read_questions
 from moe_tta.remix.shards import sha256, write_tensors
@@ -110,13 +111,9 @@ def _assemble(
         ),
         shard_rows=shard_rows,
         created_by=f"moe-tta {__version__}",
-        files={
-            path.name: FileCard(bytes=path.stat().st_size, sha256=sha256(path))
-            for path in sorted(ready.iterdir())
-        },
+        files=describe_files(ready),
     )
-    text = card.model_dump_json(indent=2) + "\n"
-    (ready / CARD_FILE).write_text(text, "utf-8")
+    write_card(ready, card)
 
 
 def _parts(done: Path) -> Iterator[dict[str, np.ndarray]]:

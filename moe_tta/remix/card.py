@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,7 @@ from moe_tta.shape import RouterShape
 CARD_FILE = "card.json"
 
 Precision = Literal["float32", "float16"]
+Scored = Literal["label", "text"]
 
 
 class _Card(BaseModel):
@@ -117,5 +118,57 @@ class StoreCard(_Card):
     duplicates_from: float
     counts: Counts
     shard_rows: list[int] = Field(min_length=1)
+    created_by: str
+    files: dict[str, FileCard]
+
+
+class TokenCounts(_Card):
+    """What became of the questions, and how many tokens they gave.
+
+    `repeated` tokens had the same text before them as an earlier one, so the same key;
+    `unimproved` texts kept the router's own assignments, since no step lowered their
+    loss.
+    """
+
+    questions: int = Field(ge=0)
+    too_long: int = Field(ge=0)
+    unimproved: int = Field(ge=0)
+    repeated: int = Field(ge=0)
+    tokens: int = Field(ge=1)
+
+
+class DescentCard(_Card):
+    """How assignments were found.
+
+    `scored` are the tokens whose likelihood was raised; `before` and `after` the
+    texts' mean loss in nats a token.
+    """
+
+    scored: Scored
+    steps: int = Field(ge=0)
+    lr: float
+    clip: float
+    before: float
+    after: float
+
+
+class TokenCard(_Card):
+    """The card of a token store, the memory of kNN-MoE.
+
+    `layers` are the decoder layers it holds, `hidden_size` the length of a key,
+    `precision` that of stored keys, `memory_bytes` what an engine holds for it.
+    """
+
+    FORMAT: ClassVar[str] = "moe-tta-tokens-1"
+
+    format: Literal["moe-tta-tokens-1"] = "moe-tta-tokens-1"
+    model: ModelCard
+    layers: list[int] = Field(min_length=1)
+    hidden_size: int = Field(ge=1)
+    precision: Precision
+    data_sha256: str
+    descent: DescentCard
+    counts: TokenCounts
+    memory_bytes: int
     created_by: str
     files: dict[str, FileCard]

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from moe_tta.remix.card import CARD_FILE, ModelCard, StoreCard
 from moe_tta.remix.errors import StoreError
+from moe_tta.remix.folder import check_files, check_model, read_card
 from moe_tta.remix.index import read_index
 from moe_tta.remix.questions import Question
-from moe_tta.remix.shards import Shard, sha256
+from moe_tta.remix.shards import Shard
 
 INDEX_FILE = "index.faiss"
 TEXTS_FILE = "references.jsonl"
@@ -52,11 +53,7 @@ class Store:
         Raises:
             StoreError: names every difference.
         """
-        if difference := self.card.model.difference(model):
-            raise StoreError(
-                f"{self.path}: made for {self.card.model.name}, not for this model: "
-                f"{difference}"
-            )
+        check_model(self.path, self.card.model, model)
 
     def pathways(self, rows: np.ndarray, layers: list[int]) -> np.ndarray:
         """Read references' pathways.
@@ -144,53 +141,20 @@ def load_store(path: str | Path) -> Store:
         StoreError: a file is missing, damaged, or not of the card's shape.
     """
     folder = Path(path)
-    card = _read_card(folder / CARD_FILE)
-    _check_files(folder, card)
+    card = read_card(folder)
+    if not isinstance(card, StoreCard):
+        raise StoreError(f"{folder}: holds single tokens, not questions")
+    if sum(card.shard_rows) != card.counts.kept:
+        raise StoreError(
+            f"{folder / CARD_FILE}: shard_rows do not add up to {card.counts.kept}"
+        )
+    names = {shard_file(number) for number in range(len(card.shard_rows))}
+    check_files(folder, card.files, {INDEX_FILE, TEXTS_FILE, *names})
     shards = tuple(Shard(folder / shard_file(i)) for i in range(len(card.shard_rows)))
     for shard, rows in zip(shards, card.shard_rows, strict=True):
         _check_shard(shard, rows, card)
     index = read_index(folder / INDEX_FILE, card.counts.kept, card.embedder.dim)
     return Store(folder, card, index, shards)
-
-
-def _read_card(source: Path) -> StoreCard:
-    try:
-        card = StoreCard.model_validate_json(source.read_bytes())
-    except OSError as err:
-        raise StoreError(f"{source}: cannot be read: {err.strerror}") from err
-    except ValidationError as err:
-        first = err.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "card"
-        raise StoreError(f"{source}: {where}: {first['msg']}") from err
-    wrong = set(card.layers) - set(card.model.moe_layers)
-    if wrong or card.layers != sorted(set(card.layers)):
-        raise StoreError(f"{source}: layers {card.layers} are not the model's")
-    if sum(card.shard_rows) != card.counts.kept:
-        raise StoreError(f"{source}: shard_rows do not add up to {card.counts.kept}")
-    return card
-
-
-def _check_files(folder: Path, card: StoreCard) -> None:
-    shards = {shard_file(number) for number in range(len(card.shard_rows))}
-    if set(card.files) != {INDEX_FILE, TEXTS_FILE, *shards}:
-        raise StoreError(f"{folder / CARD_FILE}: lists other files than a store has")
-    for name, entry in card.files.items():
-        try:
-            size = (folder / name).stat().st_size
-            if size != entry.bytes:
-                raise StoreError(
-                    f"{folder / name}: {size} bytes, the card says {entry.bytes}"
-                )
-            digest = sha256(folder / name)
-        except OSError as err:
-            raise StoreError(
-                f"{folder / name}: cannot be read: {err.strerror}"
-            ) from err
-        if digest != entry.sha256:
-            raise StoreError(
-                f"{folder / name}: sha256 is {digest}, the card says {entry.sha256}: "
-                "the file was damaged or changed"
-            )
 
 
 def _check_shard(shard: Shard, rows: int, card: StoreCard) -> None:
