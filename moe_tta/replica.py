@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from moe_tta.kernels.recall import LayerMemory, recall_rows
 from moe_tta.kernels.reference import RoutingRule, route
 from moe_tta.kernels.table import PlanTable
 from moe_tta.plan import RoutingPlan
@@ -58,6 +59,7 @@ def routed(
     segments: Sequence[RoutingPlan | None],
     prompt_len: int,
     start: int = 0,
+    memories: Sequence[Sequence[LayerMemory | None]] = (),
 ) -> Iterator[list[dict[str, Any]]]:
     """Let forward passes of one sequence obey plans.
 
@@ -68,6 +70,7 @@ def routed(
             `None` is the model's own rule.
         prompt_len: Number of prompt tokens.
         start: Position of each pass's first token; more than 0 with a KV cache.
+        memories: Each layer's token memories by place, where plans name them.
 
     Yields:
         A list that each forward pass fills with one record a layer: `router_logits`
@@ -91,6 +94,11 @@ def routed(
                 start, start + logits.shape[0], device=logits.device
             )
             slots = 1 + (positions >= prompt_len - 1).int() + (positions >= prompt_len)
+            recalled = None
+            if memories:
+                hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
+                layer = table.layer(index)
+                recalled = recall_rows(hidden, slots.int(), layer, memories[index])
             weights, ids = route(
                 logits.float(),
                 slots.int(),
@@ -99,6 +107,7 @@ def routed(
                 rule,
                 shape.k_max,
                 shape.layers[index],
+                recalled=recalled,
             )
             records.append(
                 {

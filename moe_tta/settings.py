@@ -42,6 +42,7 @@ class EngineSettings(BaseModel):
         allow_inline: Whether HTTP clients may edit experts they name themselves.
         artefacts: Folder of each steering artefact by name.
         stores: Folder of each reference store by name.
+        max_store_mib: Most memory, in MiB, that one token store may take.
         presets: Requests by name, trusted as the operator's own.
         default: Preset of requests that carry no `moe_tta`.
         k_max: Widest selection the engine is built for; default the model's top_k.
@@ -54,6 +55,7 @@ class EngineSettings(BaseModel):
     allow_inline: bool = False
     artefacts: dict[Name, str] = {}
     stores: dict[Name, str] = {}
+    max_store_mib: Annotated[int, Field(ge=1)] = 2048
     presets: dict[
         Name, Annotated[InstanceOf[RequestSpec], BeforeValidator(_preset)]
     ] = {}

@@ -52,7 +52,7 @@ class Admission:
         self.shape = shape_from_config(config, self.settings.k_max)
         self.context = None
         if self.shape is not None:
-            stores = open_stores(self.settings.stores, vllm_config, self.shape)
+            stores = open_stores(self.settings, vllm_config, self.shape)
             self.context = PlanContext(self.shape, self._load_artefacts(), stores)
             self._check_registered()
 

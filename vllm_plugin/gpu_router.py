@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from moe_tta.kernels.reference import Routing, RoutingRule
+from moe_tta.kernels.recall import LayerMemory, recall_rows
+from moe_tta.kernels.reference import Routing, RoutingRule, route
 from moe_tta.kernels.route import ModelRows, RoutingKernel, has_stock_rows
 from moe_tta.kernels.table import LayerTable
 from moe_tta.vllm_plugin import compat
@@ -21,7 +23,8 @@ class GpuLayerRouting:
     A router that only calls vLLM's `topk_softmax` is replaced by the kernel, which
     gives rows of slot 0 the same bits. Any other router runs as ever, and the kernel
     copies its result for these rows. Both launch the same kernels in every step, so a
-    captured graph stays right.
+    captured graph stays right. An engine with token memories routes all rows once more
+    by the law in plain torch, and takes the rows whose plan names a memory from there.
 
     Args:
         runner: vLLM's MoE runner of the layer.
@@ -29,6 +32,7 @@ class GpuLayerRouting:
         table: The layer's part of the plan table.
         rows: The step's rows, shared by all layers.
         width: Columns of `topk_ids`, the engine's k_max.
+        memories: The layer's token memories by place.
     """
 
     def __init__(
@@ -38,9 +42,11 @@ class GpuLayerRouting:
         table: LayerTable,
         rows: StepRows,
         width: int,
+        memories: Sequence[LayerMemory | None] = (),
     ):
         self.layer = runner.layer_id
         self.rows = rows
+        self.memories = memories
         self.follows_stock = has_stock_rows(rule) and compat.is_plain_softmax_router(
             runner.router
         )
@@ -73,10 +79,34 @@ class GpuLayerRouting:
                     hidden_states, router_logits, indices_type, input_ids=input_ids
                 )
             )
-        return self.kernel(
+        slots = self.rows.slots[:num_tokens]
+        positions = self.rows.positions[:num_tokens]
+        routing = self.kernel(router_logits, slots, positions, padding, given)
+        if not self.memories:
+            return routing
+        return self._with_recall(routing, hidden_states, router_logits, slots)
+
+    def _with_recall(
+        self,
+        routing: Routing,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> Routing:
+        """Replace the rows whose plan names a memory; the others keep their bits."""
+        kernel, table = self.kernel, self.kernel.table
+        planned = route(
             router_logits,
-            self.rows.slots[:num_tokens],
-            self.rows.positions[:num_tokens],
-            padding,
-            given,
+            slots,
+            self.rows.positions[: len(slots)],
+            table,
+            kernel.rule,
+            kernel.width,
+            self.layer,
+            recalled=recall_rows(hidden_states, slots, table, self.memories),
+        )
+        ours = table.memory.index_select(0, slots)[:, None] > 0
+        return Routing(
+            torch.where(ours, planned.topk_weights, routing.topk_weights),
+            torch.where(ours, planned.topk_ids, routing.topk_ids),
         )

@@ -15,6 +15,7 @@ from moe_tta.kernels.table import LayerTable, PlanTable
 from moe_tta.shape import RouterShape
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.limits import refuse_unsupported
+from moe_tta.vllm_plugin.memories import LayerMemories, Memories
 from moe_tta.vllm_plugin.model_shape import (
     UnsupportedModelError,
     shape_from_config,
@@ -49,6 +50,7 @@ class WorkerState:
         self.rows: StepRows | None = None
         self.armed: list[LayerRouting | GpuLayerRouting] = []
         self.shape: RouterShape | None = None
+        self.memories: Memories | None = None
         self.trace: TraceRecorder | None = None
         self.recorder: PathwayRecorder | None = None
         self.pairs = PairRows(device, self._combine_rows())
@@ -87,6 +89,7 @@ class WorkerState:
                 + shape.difference(config)
             )
         self.shape = shape
+        self.memories = Memories.load(settings, self.vllm_config, shape, self.device)
         self._arm_layers(runners, shape)
         if settings.trace_dir is not None:
             self._start_trace(Path(settings.trace_dir))
@@ -108,7 +111,10 @@ class WorkerState:
         for index, runner in enumerate(runners):
             rule = RoutingRule.from_shape(shape, correction_bias(runner.router))
             layer = table.layer(index)
-            self.armed.append(self._arm_layer(runner, rule, layer, shape.k_max))
+            memories = self.memories.layer(index)
+            self.armed.append(
+                self._arm_layer(runner, rule, layer, shape.k_max, memories)
+            )
         logger.info(
             "moe-tta armed %d/%d layers: %d experts, top-%d (k_max %d), %s%s, %s, "
             "%d plan slots (%.1f MiB)",
@@ -123,17 +129,30 @@ class WorkerState:
             num_slots,
             table.nbytes / 2**20,
         )
+        if self.memories.count:
+            logger.info(
+                "moe-tta loaded %d token stores (%.1f MiB)",
+                self.memories.count,
+                self.memories.nbytes / 2**20,
+            )
 
     def _arm_layer(
-        self, runner: Any, rule: RoutingRule, table: LayerTable, width: int
+        self,
+        runner: Any,
+        rule: RoutingRule,
+        table: LayerTable,
+        width: int,
+        memories: LayerMemories,
     ) -> LayerRouting | GpuLayerRouting:
         if self.rows.on_cpu:
-            routing = LayerRouting(runner.layer_id, rule, table, self.rows, width)
+            routing = LayerRouting(
+                runner.layer_id, rule, table, self.rows, width, memories
+            )
             arm_router(runner, routing)
             return routing
         from moe_tta.vllm_plugin.gpu_router import GpuLayerRouting
 
-        return GpuLayerRouting(runner, rule, table, self.rows, width)
+        return GpuLayerRouting(runner, rule, table, self.rows, width, memories)
 
     def _describe_kernel(self) -> str:
         if self.rows.on_cpu:
@@ -179,4 +198,5 @@ class WorkerState:
             "requests_with_plan": len(self.requests),
             "slots_in_use": len(pinned),
             "pairs": len(self.pairs.links),
+            "token_stores": self.memories.count if self.memories else 0,
         }

@@ -12,6 +12,7 @@ from moe_tta.strategies.base import (
 )
 from moe_tta.strategies.contrast import CONTRAST
 from moe_tta.strategies.dynamic_k import DYNAMIC_K
+from moe_tta.strategies.knn import KNN
 from moe_tta.strategies.remix import REMIX
 from moe_tta.strategies.steer import STEER
 
@@ -59,4 +60,5 @@ def _check_free(name: str) -> None:
 register(STEER)
 register(DYNAMIC_K)
 register(REMIX)
+register(KNN)
 register_pair(CONTRAST)

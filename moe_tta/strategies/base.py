@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moe_tta.artefact import Artefact
     from moe_tta.plan import RoutingPlan
     from moe_tta.remix.errors import StoreError
-    from moe_tta.remix.serving import ServedStore
+    from moe_tta.remix.serving import ServedStore, ServedTokens
     from moe_tta.shape import RouterShape
 
 
@@ -97,7 +97,9 @@ class PlanContext:
 
     shape: RouterShape
     artefacts: Mapping[str, Artefact] = field(default_factory=dict)
-    stores: Mapping[str, ServedStore | StoreError] = field(default_factory=dict)
+    stores: Mapping[str, ServedStore | ServedTokens | StoreError] = field(
+        default_factory=dict
+    )
     prompt: Prompt | None = None
 
 

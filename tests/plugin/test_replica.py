@@ -44,15 +44,15 @@ def far_from_model(shape):
     return fixed + [random_request(rng, shape) for _ in range(8)]
 
 
-def replica_errors(model_path, dtype, shape, runs):
+def replica_errors(model_path, dtype, shape, runs, **stores):
     """Return (errors of the dtype's own replica, errors of vLLM) against float64."""
-    exact = replica_values(model_path, torch.float64, shape, runs)
-    rough = replica_values(model_path, dtype, shape, runs)
+    exact = replica_values(model_path, torch.float64, shape, runs, **stores)
+    rough = replica_values(model_path, dtype, shape, runs, **stores)
     got = torch.tensor([value for _, _, (_, values) in runs for value in values])
     return (rough - exact).abs().tolist(), (got - exact).abs().tolist()
 
 
-def replica_values(model_path, dtype, shape, runs):
+def replica_values(model_path, dtype, shape, runs, stores=None, memories=()):
     """Return the replica's logprobs of all generated tokens; it is gone afterwards."""
     # grouped matrix products know no float64
     model = AutoModelForCausalLM.from_pretrained(
@@ -60,9 +60,10 @@ def replica_values(model_path, dtype, shape, runs):
     )
     found = []
     for prompt, request, (tokens, _) in runs:
-        plans = compile_request(parse(request or {}, presets={}), PlanContext(shape))
+        context = PlanContext(shape, stores=stores or {})
+        plans = compile_request(parse(request or {}, presets={}), context)
         rows = range(len(prompt) - 1, len(prompt + tokens) - 1)
-        with routed(model, shape, plans.plans, len(prompt)):
+        with routed(model, shape, plans.plans, len(prompt), memories=memories):
             table = logprobs(model, prompt + tokens[:-1])
         found.append(table[list(rows), tokens])
     return torch.cat(found)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_tta.errors import RequestError, did_you_mean, show
+from moe_tta.errors import RequestError
 from moe_tta.plan import RoutingPlan
 from moe_tta.remix import updates
 from moe_tta.remix.embed import unit
@@ -19,10 +19,11 @@ from moe_tta.remix.lookup import (
     find_neighbours,
     read_pathways,
 )
-from moe_tta.strategies.base import PlanContext, as_ranges, layers_in
+from moe_tta.remix.serving import ServedStore
+from moe_tta.strategies.base import PlanContext, as_ranges
+from moe_tta.strategies.operator_stores import held_layers, store_named
 
 if TYPE_CHECKING:
-    from moe_tta.remix.serving import ServedStore
     from moe_tta.shape import RouterShape
     from moe_tta.strategies.remix.params import RemixParams
 
@@ -46,7 +47,7 @@ def check(params: RemixParams, context: PlanContext) -> None:
     if params.distribution is not None:
         _given(params, context.shape)
         return
-    served = _store(params, context)
+    served = store_named(params.store, context, ServedStore)
     if params.update == "mode":
         raise RequestError(
             "mode finding needs the request's own pathway, which is known only once "
@@ -82,7 +83,7 @@ def plan(params: RemixParams, context: PlanContext) -> RoutingPlan:
     if params.distribution is not None:
         target = _given(params, context.shape)
         return _blend(target, 1.0 - (params.alpha or 0.0))
-    served = _store(params, context)
+    served = store_named(params.store, context, ServedStore)
     query = _query(params, served, context)
     covered = _covered(params, context.shape, served)
     layers = [n for n, ours in zip(context.shape.layers, covered, strict=True) if ours]
@@ -122,34 +123,13 @@ def _blend(target: np.ndarray, share: float) -> RoutingPlan:
     )
 
 
-def _store(params: RemixParams, context: PlanContext) -> ServedStore:
-    found = context.stores.get(params.store)
-    if found is None:
-        hint = did_you_mean(params.store, context.stores)
-        raise RequestError(
-            f"unknown store {show(params.store)}; {hint}", "store", params.store
-        )
-    if isinstance(found, Exception):
-        raise RequestError(f"cannot be used: {found}", "store", params.store)
-    return found
-
-
 def _covered(
     params: RemixParams, shape: RouterShape, served: ServedStore
 ) -> np.ndarray:
     """Return bool [L]: the layers to change, all held by the store."""
-    held = np.isin(shape.layers, served.store.card.layers)
+    covered = held_layers(params.layers, shape, served.store.card.layers)
     if params.layers is None:
-        places = np.flatnonzero(held)[-LAST_LAYERS:]
-        return np.isin(np.arange(len(held)), places)
-    covered = layers_in(shape, params.layers)
-    if (covered & ~held).any():
-        layers = as_ranges(tuple(served.store.card.layers))
-        raise RequestError(
-            f"expected layers this store holds ({layers}), got {show(params.layers)}",
-            "layers",
-            params.layers,
-        )
+        covered &= np.cumsum(covered[::-1])[::-1] <= LAST_LAYERS
     return covered
 
 
