@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn, get_args
 
 import typer
 
-from moe_tta.remix.card import Precision
+from moe_tta.remix.card import Precision, Scored
 from moe_tta.remix.embed import MINILM
 from moe_tta.remix.errors import StoreError
 from moe_tta.remix.questions import Score
@@ -18,6 +18,8 @@ remix = typer.Typer(no_args_is_help=True)
 
 PrecisionName = Enum("PrecisionName", {n: n for n in get_args(Precision)}, type=str)
 ScoreName = Enum("ScoreName", {n: n for n in get_args(Score)}, type=str)
+ScoredName = Enum("ScoredName", {n: n for n in get_args(Scored)}, type=str)
+DtypeName = Enum("DtypeName", {n: n for n in ("bfloat16", "float32")}, type=str)
 
 
 def _fail(error: StoreError) -> NoReturn:
@@ -82,13 +84,69 @@ def build(
     typer.echo(store.card.counts.model_dump_json())
 
 
+@remix.command(epilog="Example: moe-tta remix tokens MODEL questions.jsonl -o store")
+def tokens(
+    model: Annotated[str, typer.Argument(help="Folder or name of the model.")],
+    data: Annotated[
+        Path, typer.Argument(help="Questions, one JSON object a line.", exists=True)
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The store's folder.")],
+    scored: Annotated[
+        ScoredName, typer.Option(help="Tokens to make likelier, each giving a row.")
+    ] = ScoredName.label,
+    steps: Annotated[
+        int, typer.Option(min=0, help="0 stores the router's own assignments.")
+    ] = 10,
+    lr: Annotated[float, typer.Option(min=0, help="Logits a step of Adam.")] = 0.1,
+    clip: Annotated[float, typer.Option(min=0, help="Largest change of a logit.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Rows of the store.")] = 4096,
+    precision: Annotated[
+        PrecisionName, typer.Option(help="Of the stored keys.")
+    ] = PrecisionName.float32,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="That the server computes in.")
+    ] = DtypeName.bfloat16,
+) -> None:
+    """Store the router inputs of labelled texts with experts that make them likelier.
+
+    For the strategy knn. Runs on CPU, through the checkpoint itself.
+    """
+    from tqdm import tqdm
+
+    from moe_tta.adapter.assignments import TokenDescent
+    from moe_tta.remix.questions import read_questions
+    from moe_tta.remix.reference_model import ReferenceModel
+    from moe_tta.remix.tokens_build import TokenOptions, build_tokens
+
+    options = TokenOptions(
+        scored=scored.value,
+        descent=TokenDescent(steps, lr, clip),
+        max_tokens=max_tokens,
+        precision=precision.value,
+    )
+    try:
+        if out.exists():
+            raise StoreError(f"{out}: exists already")
+        total = sum(1 for _ in read_questions(data))
+        opened = ReferenceModel.open(model, dtype.value)
+        with tqdm(total=total, unit="question") as bar:
+            store = build_tokens(opened, data, out, options, bar.update)
+    except StoreError as err:
+        _fail(err)
+    typer.echo(store.card.counts.model_dump_json())
+    typer.echo(store.card.descent.model_dump_json())
+
+
 @remix.command(epilog="Example: moe-tta remix show store")
 def show(store: Annotated[Path, typer.Argument(help="The store's folder.")]) -> None:
     """Check every file of a store against its card, and print the card."""
+    from moe_tta.remix.serving import holds_tokens
     from moe_tta.remix.store import load_store
+    from moe_tta.remix.tokens import load_tokens
 
     try:
-        opened = load_store(store)
+        load = load_tokens if holds_tokens(str(store)) else load_store
+        opened = load(store)
     except StoreError as err:
         _fail(err)
     typer.echo(opened.card.model_dump_json(indent=2))

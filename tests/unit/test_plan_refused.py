@@ -20,6 +20,13 @@ from tests.unit.test_plan import (
 )
 
 
+def recalling(memory=1, neighbours=1):
+    return RoutingPlan(
+        memory=per_layer("memory", memory),
+        neighbours=per_layer("neighbours", neighbours),
+    )
+
+
 @pytest.mark.parametrize(
     ("shape", "plan", "message"),
     [
@@ -145,6 +152,33 @@ from tests.unit.test_plan import (
         ),
         (
             SHAPE,
+            RoutingPlan(neighbours=per_layer("neighbours", 1)),
+            "neighbours needs memory",
+        ),
+        (
+            SHAPE,
+            RoutingPlan(memory=per_layer("memory", 1)),
+            "neighbours must lie in 1..64 where memory is used",
+        ),
+        (SHAPE, recalling(neighbours=0), "neighbours must lie in 1..64"),
+        (SHAPE, recalling(neighbours=65), "neighbours must lie in 1..64"),
+        (SHAPE, recalling(memory=-1), "memory must be a place from 1, or 0 for none"),
+        (
+            SHAPE,
+            dataclasses.replace(
+                recalling(),
+                mix=per_layer("mix", 0.5),
+                target=per_layer("target", 0.125),
+            ),
+            "a layer has both a target and a memory to look one up in",
+        ),
+        (
+            dataclasses.replace(SHAPE, scoring="sigmoid"),
+            recalling(),
+            "memory needs a softmax router without correction bias",
+        ),
+        (
+            SHAPE,
             RoutingPlan(select=per_layer("select", Select.TOP_K), allow=experts(0, 1)),
             "select needs k_max and select_args",
         ),
@@ -185,6 +219,7 @@ def test_refusals_say_why(shape, plan, message):
 @pytest.mark.parametrize(
     ("shape", "plan"),
     [
+        (SHAPE, recalling(9, 64)),
         (SHAPE, counting(Select.RANKS, 2, args=(6, 0, 0))),
         (SHAPE, counting(Select.SAMPLE, args=(2, 2, 0.1))),
         (SHAPE, counting(Select.ENTROPY, 4, args=(0.5, 0.5, 0))),
