@@ -3,11 +3,16 @@
 
 import math
 
+from moe_tta.plan import MAX_RECALLED
+
 SPANS = ("all", "prompt", "generated", "last_prompt")
 
 
-def random_request(rng, shape):
-    """Return a random `moe_tta` object for the model, `None` one time in six."""
+def random_request(rng, shape, tokens=None):
+    """Return a random `moe_tta` object for the model, `None` one time in six.
+
+    `tokens` is a token store that the engine names `learned`, for `knn`.
+    """
     if rng.random() < 1 / 6:
         return None
     request = {}
@@ -17,6 +22,8 @@ def random_request(rng, shape):
         request["dynamic_k"] = _dynamic_k(rng, shape)
     if rng.random() < 0.3 and shape.is_distribution:
         request["remix"] = _remix(rng, shape)
+    elif tokens is not None and rng.random() < 0.5:
+        request["knn"] = _knn(rng, tokens)
     if rng.random() < 0.3:
         request["renorm"] = rng.choice(["always", "never", "model"])
     return request
@@ -82,6 +89,15 @@ def _remix(rng, shape):
         drawn[str(layer)] = [value / math.fsum(values) for value in values]
     span = rng.choice(["last_prompt", "last_prompt+generated"])
     return {"distribution": drawn, "alpha": rng.choice([0, 0.3]), "span": span}
+
+
+def _knn(rng, tokens):
+    most = min(MAX_RECALLED, tokens.card.counts.tokens)
+    held = sorted(rng.sample(tokens.card.layers, min(2, len(tokens.card.layers))))
+    knn = {"store": "learned", "k": rng.randint(1, most), "span": rng.choice(SPANS)}
+    if held == list(range(held[0], held[-1] + 1)):
+        knn["layers"] = [held[0], held[-1]]
+    return knn
 
 
 def random_prompt(rng, prefixes, vocab=256):

@@ -12,11 +12,13 @@ from moe_tta.artefact import Artefact, ArtefactCard
 from moe_tta.compile import compile_request
 from moe_tta.deferred import DeferredRequest, compile_or_defer
 from moe_tta.remix.card import ModelCard
+from moe_tta.remix.serving import ServedTokens
 from moe_tta.settings import EngineSettings
 from moe_tta.spec import parse
 from moe_tta.strategies import PlanContext, Prompt
 from tests.docs.blocks import BLOCKS, select
 from tests.remix.making import made_store, served
+from tests.remix.tokens import token_card
 
 LAB = RouterShape(
     layers=tuple(range(30)), num_hidden_layers=30, num_experts=8, top_k=2, k_max=4
@@ -52,13 +54,14 @@ class Everywhere(dict):
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-    """The store `solved` of the pages, with eight references."""
+    """The pages' stores: `solved` with eight references, `solved-tokens` with 40."""
     model = ModelCard.of(LAB, name="lab", weights="", dtype="float32")
     size = (8, len(LAB.layers))
     pathways = np.random.default_rng(0).dirichlet(np.ones(LAB.num_experts), size)
     folder = tmp_path_factory.mktemp("stores")
     store = made_store(folder, 3 * np.eye(8) + 1, pathways, model)
-    return {"solved": served(store, Everywhere())}
+    tokens = ServedTokens(token_card(model, 40, LAB.layers), 2)
+    return {"solved": served(store, Everywhere()), "solved-tokens": tokens}
 
 
 @pytest.mark.parametrize("block", select("json request"), ids=str)

@@ -34,6 +34,24 @@ def write_labelled(path, pairs):
     return path
 
 
+def token_card(model, tokens, layers, hidden_size=8, folder=None):
+    """Return the card of a store of this shape, and of a folder's files."""
+    return TokenCard(
+        model=model,
+        layers=list(layers),
+        hidden_size=hidden_size,
+        precision="float32",
+        data_sha256="",
+        descent=DescentCard(scored="text", steps=0, lr=0, clip=0, before=0, after=0),
+        counts=TokenCounts(
+            questions=1, too_long=0, unimproved=0, repeated=0, tokens=tokens
+        ),
+        memory_bytes=memory_bytes(len(layers), tokens, hidden_size, model.num_experts),
+        created_by="a test",
+        files={} if folder is None else describe_files(folder),
+    )
+
+
 def made_tokens(folder, model, layers, **members):
     """Write a token store of arrays; `layers` gives (keys, ids, weights) by layer."""
     folder.mkdir(parents=True)
@@ -46,20 +64,7 @@ def made_tokens(folder, model, layers, **members):
         }
         write_tensors(folder / layer_file(number), tensors)
     tokens, hidden_size = next(iter(layers.values()))[0].shape
-    card = TokenCard(
-        model=model,
-        layers=sorted(layers),
-        hidden_size=hidden_size,
-        precision="float32",
-        data_sha256="",
-        descent=DescentCard(scored="text", steps=0, lr=0, clip=0, before=0, after=0),
-        counts=TokenCounts(
-            questions=1, too_long=0, unimproved=0, repeated=0, tokens=tokens
-        ),
-        memory_bytes=memory_bytes(len(layers), tokens, hidden_size, model.num_experts),
-        created_by="a test",
-        files=describe_files(folder),
-    )
+    card = token_card(model, tokens, sorted(layers), hidden_size, folder)
     write_card(folder, card.model_copy(update=members))
     return load_tokens(folder)
 

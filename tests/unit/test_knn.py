@@ -10,39 +10,26 @@ from moe_tta import RouterShape
 from moe_tta.compile import compile_request
 from moe_tta.errors import RequestError
 from moe_tta.plan import RoutingPlan
-from moe_tta.remix.card import DescentCard, ModelCard, TokenCard, TokenCounts
+from moe_tta.remix.card import ModelCard
 from moe_tta.remix.errors import StoreError
 from moe_tta.remix.serving import ServedTokens
 from moe_tta.spec import parse
 from moe_tta.strategies import PlanContext
+from tests.remix.tokens import token_card
 
 SHAPE = RouterShape(
     layers=(1, 2, 5), num_hidden_layers=6, num_experts=6, top_k=2, k_max=4
 )
 
 
-def card(tokens=40, layers=(1, 5)):
-    return TokenCard(
-        model=ModelCard.of(SHAPE, name="made", weights="00", dtype="float32"),
-        layers=list(layers),
-        hidden_size=8,
-        precision="float32",
-        data_sha256="",
-        descent=DescentCard(scored="text", steps=0, lr=0, clip=0, before=0, after=0),
-        counts=TokenCounts(
-            questions=1, too_long=0, unimproved=0, repeated=0, tokens=tokens
-        ),
-        memory_bytes=0,
-        created_by="a test",
-        files={},
-    )
+MODEL = ModelCard.of(SHAPE, name="made", weights="00", dtype="float32")
 
 
 CONTEXT = PlanContext(
     SHAPE,
     stores={
-        "solved": ServedTokens(card(), 1),
-        "other": ServedTokens(card(5, (1, 2, 5)), 2),
+        "solved": ServedTokens(token_card(MODEL, 40, (1, 5)), 1),
+        "other": ServedTokens(token_card(MODEL, 5, (1, 2, 5)), 2),
         "broken": StoreError("layer-00001: sha256"),
     },
 )
