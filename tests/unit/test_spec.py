@@ -76,7 +76,7 @@ REFUSED = {
     "weak unknown": (
         {"contrast": {"weak": {"rnk": 2}}},
         "moe_tta.contrast.weak.rnk",
-        "did you mean 'rank'? known: dynamic_k, k, rank, remix, renorm, steer",
+        "did you mean 'rank'? known: dynamic_k, k, knn, rank, remix, renorm, steer",
     ),
     "weak inside": (
         {"contrast": {"weak": {"steer": {"promot": []}}}},
@@ -86,7 +86,7 @@ REFUSED = {
     "strong inside": (
         {"contrast": {"weak": {}, "strong": {"rank": 2}}},
         "moe_tta.contrast.strong.rank",
-        "known: dynamic_k, remix, renorm, steer",
+        "known: dynamic_k, knn, remix, renorm, steer",
     ),
     "weak rule twice": (
         {"contrast": {"weak": {"rank": 2, "dynamic_k": {"k": 1}}}},
