@@ -184,4 +184,5 @@ class _Batch:
         mask = causal_mask(hidden.shape[1], window, hidden.device)
         shared = model.shared(hidden, self._contexts.positions, mask)
         layers = range(model.config.num_hidden_layers)
-        return model.run(hidden, layers, shared, edits, watch)
+        # every layer is edited, so every layer's activations would be kept
+        return model.run(hidden, layers, shared, edits, watch, recompute=True)

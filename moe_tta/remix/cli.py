@@ -130,7 +130,9 @@ def tokens(
         total = sum(1 for _ in read_questions(data))
         opened = ReferenceModel.open(model, dtype.value)
         with tqdm(total=total, unit="question") as bar:
-            store = build_tokens(opened, data, out, options, bar.update)
+            store = build_tokens(
+                opened, data, out, options, lambda read: bar.update(read - bar.n)
+            )
     except StoreError as err:
         _fail(err)
     typer.echo(store.card.counts.model_dump_json())

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,13 +52,10 @@ class ReferenceModel:
             adapter, card, AutoTokenizer.from_pretrained(folder).encode
         )
 
-    def texts(
-        self, questions: Sequence[Question], scored: Scored
-    ) -> Iterator[LabelledText]:
-        """Yield questions with their answers, but those too long for the model."""
-        longest = self.adapter.config.max_position_embeddings
-        for question in questions:
-            tokens = self.encode(f"{question.prompt} {question.label}")
-            first = len(self.encode(question.prompt)) if scored == "label" else 1
-            if 1 <= first < len(tokens) <= longest:
-                yield LabelledText(tokens, first)
+    def text(self, question: Question, scored: Scored) -> LabelledText | None:
+        """Return a question with its answer; `None` if it is too long for the model."""
+        tokens = self.encode(f"{question.prompt} {question.label}")
+        first = len(self.encode(question.prompt)) if scored == "label" else 1
+        if 1 <= first < len(tokens) <= self.adapter.config.max_position_embeddings:
+            return LabelledText(tokens, first)
+        return None

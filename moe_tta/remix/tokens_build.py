@@ -6,9 +6,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from moe_tta.remix.reference_model import ReferenceModel
 from moe_tta.remix.shards import sha256, write_tensors
 from moe_tta.remix.tokens import TokenStore, layer_file, load_tokens, memory_bytes
 
-BATCH_TEXTS = 8
+BATCH_TOKENS = 1024  # of one batch, padding included
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,15 @@ def build_tokens(
 ) -> TokenStore:
     """Build a token store. A build that is stopped begins anew.
 
-    Memory: all stored keys once in float32, and a batch of texts with activations of
-    every layer.
+    Memory: all stored keys once in float32, and of a batch of texts the input of every
+    layer and the activations of one.
 
     Args:
         model: The model.
         data: File of questions with their answers.
         out: The store's folder, made here.
         options: How to build it.
-        progress: Called with the number of questions done.
+        progress: Called with the number of questions read so far.
 
     Raises:
         StoreError: `out` exists, a question is malformed, or none gave a token.
@@ -81,18 +80,36 @@ def build_tokens(
     if out.exists():
         raise StoreError(f"{out}: exists already")
     found = _Collected(options.max_tokens)
-    questions = read_questions(data)
-    while not found.full and (batch := list(islice(questions, BATCH_TEXTS))):
-        texts = list(model.texts(batch, options.scored))
-        found.questions += len(batch)
-        found.too_long += len(batch) - len(texts)
-        if texts:
-            assigned = assign_tokens(model.adapter, texts, options.descent)
-            found.add(texts, assigned, options.descent.steps > 0)
-        progress(len(batch))
+    for batch in _batches(model, data, options, found):
+        assigned = assign_tokens(model.adapter, batch, options.descent)
+        found.add(batch, assigned, options.descent.steps > 0)
+        progress(found.questions)
     if not found.tokens:
         raise StoreError(f"{data}: none of {found.questions} questions gave a token")
     return _write(model, data, out, options, found)
+
+
+def _batches(
+    model: ReferenceModel, data: Path, options: TokenOptions, found: _Collected
+) -> Iterator[list[LabelledText]]:
+    """Yield texts that are read at once, until enough tokens were found."""
+    batch: list[LabelledText] = []
+    longest = 0
+    for question in read_questions(data):
+        text = model.text(question, options.scored)
+        found.questions += 1
+        found.too_long += text is None
+        if text is None:
+            continue
+        longest = max(longest, len(text.tokens))
+        if batch and (len(batch) + 1) * longest > BATCH_TOKENS:
+            yield batch
+            if found.full:
+                return
+            batch, longest = [], len(text.tokens)
+        batch.append(text)
+    if batch:
+        yield batch
 
 
 class _Collected:

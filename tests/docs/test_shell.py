@@ -103,6 +103,12 @@ def check_look_up(words):
     lookup.parser().parse_args(words)
 
 
+def check_recall(words):
+    from benchmarks.remix import recall
+
+    recall.parser().parse_args(words)
+
+
 def check_curl(words):
     body = json.loads(words[words.index("-d") + 1])
     parse(body["vllm_xargs"]["moe_tta"], presets={})
@@ -137,6 +143,8 @@ def check(words):
             assert wheel.startswith("wheels/")
         case ["python", "-m", "benchmarks.remix.lookup", *rest]:
             check_look_up(rest)
+        case ["python", "-m", "benchmarks.remix.recall", *rest]:
+            check_recall(rest)
         case ["curl", *rest]:
             check_curl(rest)
         case ["pip", "install", "-e", "."]:
