@@ -15,14 +15,15 @@ import torch
 from moe_tta.kernels.table import LayerTable
 from moe_tta.plan import MAX_RECALLED
 
+GRID = 2.0**16  # cosines are multiples of 1 / GRID
 _TINY = torch.finfo(torch.float64).tiny
 
 
 class LayerMemory(NamedTuple):
     """One layer of a token memory; N reference tokens, H numbers a router input.
 
-    Products are taken in the dtype of `keys`. A float64 product rounded to float32 is
-    the same whatever rows stand beside it; a float32 product is not.
+    Products are taken in the dtype of `keys`. Their last bits depend on how many rows
+    stand beside a row, so that only float64's are lost in the rounding to `GRID`.
     """
 
     keys: torch.Tensor  # [N, H] router inputs of length 1
@@ -39,8 +40,9 @@ class Recalled(NamedTuple):
 def recall(hidden: torch.Tensor, counts: torch.Tensor, memory: LayerMemory) -> Recalled:
     """Return the mean assignment of each row's nearest tokens, and its share.
 
-    With the cosines s_j of the row and its nearest keys, negative ones weighing
-    nothing: `target = sum_j s_j v_j / sum_j s_j` and `mix = mean_j s_j`, cut to 0..1.
+    With the cosines s_j of the row and its nearest keys, rounded to `GRID`, negative
+    ones weighing nothing: `target = sum_j s_j v_j / sum_j s_j`; and `mix = mean_j s_j`,
+    cut to 0..1.
 
     Source: kNN-MoE, arXiv 2601.02144: similarity-weighted mean of the neighbours'
     assignments, mixed in by their mean similarity.
@@ -56,10 +58,10 @@ def recall(hidden: torch.Tensor, counts: torch.Tensor, memory: LayerMemory) -> R
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     # the same number of columns for all rows: sums then round alike in any company
     width = min(MAX_RECALLED, len(memory.keys))
-    cosines = (rows @ memory.keys.T).float().clamp(-1, 1)
-    nearest = cosines.topk(width, dim=1)
+    nearest = (rows @ memory.keys.T).topk(width, dim=1)
+    cosines = torch.round(nearest.values.double() * GRID).clamp(-GRID, GRID) / GRID
     used = torch.arange(width, device=hidden.device) < counts[:, None]
-    similarities = torch.where(used, nearest.values, 0.0).double()
+    similarities = torch.where(used, cosines, 0.0)
     shares = similarities.clamp_min(0)
     picked = memory.values[nearest.indices].double()  # [T, width, E]
     target = torch.einsum("tj,tje->te", shares, picked)

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from moe_tta.kernels.recall import LayerMemory, Recalled, recall, recall_rows
+from moe_tta.kernels.recall import GRID, LayerMemory, Recalled, recall, recall_rows
 from moe_tta.kernels.reference import RoutingRule, model_routing, route
 from moe_tta.kernels.table import Features, PlanTable
 from moe_tta.plan import MAX_RECALLED, RoutingPlan
 from tests.kernels.cases import LOGITS, RTOL, U, experts, make_plan, make_shape, used
 
 SHAPE = make_shape(renormalize=False)
-KEYS = [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]
-VALUES = [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.75, 0.25], [0.0, 0.0, 0.0, 1.0]]
-ROW = [[3.0, 4.0]]  # cosines 0.6, 0.8, -0.6
+KEYS = [[0.75, math.sqrt(7) / 4], [0.5, math.sqrt(3) / 2], [-1.0, 0.0]]
+VALUES = [[0.0, 0.0, 0.75, 0.25], [0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
+ROW = [[3.0, 0.0]]  # cosines 0.75, 0.5, -1
 
 
 def memory(keys=KEYS, values=VALUES, dtype=torch.float64):
@@ -43,22 +43,22 @@ def one(recalled, plan=None, shape=SHAPE, logits=LOGITS, features=Features.RECAL
 
 def test_two_neighbours_by_hand():
     found = recall(torch.tensor(ROW), counts(2), memory())
-    want = np.array([0.3, 0.3, 0.6, 0.2]) / 1.4  # (0.6 v_0 + 0.8 v_1) / 1.4
-    np.testing.assert_allclose(found.target[0], want, rtol=4 * U)
-    assert found.mix.item() == pytest.approx(0.7, rel=4 * U)
-    # 0.3 p + 0.7 target = 0.27, 0.24, 0.36, 0.13
+    want = [0.2, 0.2, 0.45, 0.15]  # (0.75 v_0 + 0.5 v_1) / 1.25
+    np.testing.assert_allclose(found.target[0], want, rtol=U)
+    assert found.mix.item() == 0.625
+    # 0.375 p + 0.625 target = 0.275, 0.2375, 0.35625, 0.13125
     ids, weights = one(found)
     assert ids == [2, 0]
-    np.testing.assert_allclose(weights, [0.36, 0.27], rtol=RTOL)
+    np.testing.assert_allclose(weights, [0.35625, 0.275], rtol=RTOL)
     ids, weights = one(found, shape=make_shape(renormalize=True))
-    np.testing.assert_allclose(weights, [0.36 / 0.63, 0.27 / 0.63], rtol=RTOL)
+    np.testing.assert_allclose(weights, [0.35625 / 0.63125, 0.275 / 0.63125], RTOL)
 
 
 def test_neighbours_of_negative_similarity_weigh_nothing_but_lower_the_share():
     two = recall(torch.tensor(ROW), counts(2), memory())
     three = recall(torch.tensor(ROW), counts(3), memory())
     assert torch.equal(three.target, two.target)
-    assert three.mix.item() == pytest.approx(0.8 / 3, rel=4 * U)
+    assert three.mix.item() == pytest.approx(0.25 / 3, rel=U)
 
 
 @pytest.mark.parametrize("hidden", [[-1.0, -1.0], [0.0, 0.0], [0.0, -2.0]])
@@ -103,6 +103,7 @@ def brute_force(hidden, count, keys, values):
         for key in keys
     ]
     nearest = sorted(range(len(keys)), key=lambda j: -cosines[j])[:count]
+    cosines = [round(cosine * GRID) / GRID for cosine in cosines]
     share = [max(cosines[j], 0.0) for j in nearest]
     total = math.fsum(share) or 1.0
     target = [
@@ -130,9 +131,9 @@ def test_random_rows_equal_brute_force(seed):
     values = values.astype(np.float32).astype(float)
     for row, count in enumerate(numbers):
         target, mix = brute_force(hidden[row].tolist(), count, keys, values)
-        # a cosine is rounded to float32, then target and mix are: under 2 U in all
-        assert found.mix[row].item() == pytest.approx(mix, abs=2 * U)
-        np.testing.assert_allclose(found.target[row], target, atol=4 * U)
+        # float64 but for the last rounding, to float32
+        assert found.mix[row].item() == pytest.approx(mix, abs=U)
+        np.testing.assert_allclose(found.target[row], target, atol=U)
 
 
 def test_rows_do_not_depend_on_their_company():
@@ -164,7 +165,7 @@ def test_every_row_asks_the_memory_of_its_slot():
     assert torch.equal(found.target[1], first.target[0])
     assert torch.equal(found.mix[1], first.mix[0])
     assert found.target[2].tolist() == VALUES[0]
-    assert found.mix[2].item() == pytest.approx(0.6, rel=4 * U)
+    assert found.mix[2].item() == 0.75
     # no plan, a memory that lacks the layer, a plan without a memory
     assert not found.mix[[0, 3, 4]].any()
 
@@ -174,14 +175,14 @@ def test_order_of_operations():
     near = recall(torch.tensor(ROW), counts(2), memory())
     plan = make_plan(bias=[0, 0, 0, 100.0])  # the router's own is expert 3 alone
     ids, weights = one(near, plan, features=Features.ALL)
-    # 0.3 (0, 0, 0, 1) + 0.7 target = 0.15, 0.15, 0.3, 0.4
+    # 0.375 (0, 0, 0, 1) + 0.625 target = 0.125, 0.125, 0.28125, 0.46875
     assert ids == [3, 2]
-    np.testing.assert_allclose(weights, [0.4, 0.3], rtol=RTOL)
+    np.testing.assert_allclose(weights, [0.46875, 0.28125], rtol=RTOL)
     plan = make_plan(allow=~experts(4, 2))
     ids, weights = one(near, plan, features=Features.ALL)
-    # 0.3 (0.5, 0.375, 0, 0.125) + 0.7 target = 0.3, 0.2625, -, 0.1375
+    # 0.375 (0.5, 0.375, 0, 0.125) + 0.625 target = 0.3125, 0.265625, -, 0.140625
     assert ids == [0, 1]
-    np.testing.assert_allclose(weights, [0.3, 0.2625], rtol=RTOL)
+    np.testing.assert_allclose(weights, [0.3125, 0.265625], rtol=RTOL)
 
 
 def test_a_plan_with_a_target_of_its_own_is_left_alone():

@@ -211,17 +211,17 @@ def test_company_changes_nothing_and_gets_nothing(llm, folder, tmp_path):
         PROMPTS[i % 4] + [rng.randrange(2, 250) for _ in range(rng.randrange(20))]
         for i in range(len(requests))
     ]
-    crowd = generate(llm, prompts, [sampling(30, request) for request in requests])
+    crowd = generate(llm, prompts, [sampling(24, request) for request in requests])
     assert counters(llm)["vllm:num_preemptions"] > before
     for prompt, request, got in list(zip(prompts, requests, crowd, strict=True))[:8]:
         llm.reset_prefix_cache()
-        assert generate(llm, [prompt], [sampling(30, request)]) == [got]
+        assert generate(llm, [prompt], [sampling(24, request)]) == [got]
     plain = [i for i, request in enumerate(requests) if request is None]
     options = {"temperature": 0.0, "logprobs": 0, "ignore_eos": True}
     stock = run_stock(
         folder,
         [prompts[i] for i in plain],
-        {"tokens": 30, **options},
+        {"tokens": 24, **options},
         tmp_path,
         {**EXACT, **CROWDED},
     )
