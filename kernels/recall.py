@@ -16,6 +16,7 @@ from moe_tta.kernels.table import LayerTable
 from moe_tta.plan import MAX_RECALLED
 
 GRID = 2.0**16  # cosines are multiples of 1 / GRID
+ROWS_AT_ONCE = 512  # whose products with all keys exist at the same time
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -54,6 +55,14 @@ def recall(hidden: torch.Tensor, counts: torch.Tensor, memory: LayerMemory) -> R
             N; 0 for none. Equal similarities are told apart in no promised order.
         memory: The layer's reference tokens.
     """
+    parts = zip(hidden.split(ROWS_AT_ONCE), counts.split(ROWS_AT_ONCE), strict=True)
+    found = [_recall(*part, memory) for part in parts]
+    return Recalled(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def _recall(
+    hidden: torch.Tensor, counts: torch.Tensor, memory: LayerMemory
+) -> Recalled:
     rows = hidden.to(memory.keys.dtype)
     rows = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     # the same number of columns for all rows: sums then round alike in any company

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from moe_tta.kernels.recall import GRID, LayerMemory, Recalled, recall, recall_rows
+from moe_tta.kernels.recall import (
+    GRID,
+    ROWS_AT_ONCE,
+    LayerMemory,
+    Recalled,
+    recall,
+    recall_rows,
+)
 from moe_tta.kernels.reference import RoutingRule, model_routing, route
 from moe_tta.kernels.table import Features, PlanTable
 from moe_tta.plan import MAX_RECALLED, RoutingPlan
@@ -146,6 +153,17 @@ def test_rows_do_not_depend_on_their_company():
             alone = recall(hidden[part], counts(*numbers[part]), near)
             assert torch.equal(alone.target, crowd.target[part])
             assert torch.equal(alone.mix, crowd.mix[part])
+
+
+def test_many_rows_and_none():
+    hidden, _, keys, values = random_world(8, rows=1, width=8)
+    near, many = memory(keys, values), ROWS_AT_ONCE + 3
+    hidden = torch.tensor(hidden).expand(many, -1)
+    found = recall(hidden, counts(*[5] * many), near)
+    assert (found.target == found.target[0]).all()
+    assert (found.mix == found.mix[0]).all()
+    assert found.target.shape == (many, 8)
+    assert recall(hidden[:0], counts(), near).target.shape == (0, 8)
 
 
 def test_every_row_asks_the_memory_of_its_slot():
