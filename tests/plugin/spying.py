@@ -23,6 +23,7 @@ class Routed(NamedTuple):
     logits: torch.Tensor  # [T, E]
     weights: torch.Tensor  # [T, k_max]
     ids: torch.Tensor  # [T, k_max]
+    hidden: torch.Tensor  # [T, H], what the router was given
 
 
 def runners(llm):
@@ -41,9 +42,10 @@ def spied(llm):
         inner = router._compute_routing
 
         def compute_routing(hidden_states, router_logits, *args, **kwargs):
-            logits = router_logits.clone()
+            logits, hidden = router_logits.clone(), hidden_states.clone().cpu()
             weights, ids = inner(hidden_states, router_logits, *args, **kwargs)
-            calls.append(Routed(layer, logits.cpu(), weights.cpu(), ids.cpu()))
+            found = logits.cpu(), weights.cpu(), ids.cpu()
+            calls.append(Routed(layer, *found, hidden))
             return weights, ids
 
         router._compute_routing = compute_routing

@@ -3,8 +3,6 @@
 
 import os
 import random
-from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from moe_tta.plan import RoutingPlan
 from moe_tta.spec import parse
 from moe_tta.vllm_plugin.memories import Memories
 from tests.plugin.engine import engine, generate, outputs, sampling, status
-from tests.plugin.spying import runners
+from tests.plugin.spying import runners, spied
 from tests.plugin.stock import run_stock
 from tests.plugin.test_isolation import counters
 from tests.plugin.test_replica import replica_errors
@@ -114,42 +112,6 @@ def memories(llm):
     return [held.layer(index) for index in range(4)]
 
 
-class Call(NamedTuple):
-    """One call of a layer's router, T rows."""
-
-    layer: int
-    hidden: torch.Tensor
-    logits: torch.Tensor
-    weights: torch.Tensor
-    ids: torch.Tensor
-
-
-@contextmanager
-def router_calls(llm):
-    """Yield a list that every call of a router is noted in."""
-    calls, undo = [], []
-
-    def spy(layer, router):
-        inner = router._compute_routing
-
-        def compute(hidden_states, router_logits, *args, **kwargs):
-            hidden, logits = hidden_states.clone(), router_logits.clone()
-            weights, ids = inner(hidden_states, router_logits, *args, **kwargs)
-            calls.append(Call(layer, hidden, logits, weights.clone(), ids.clone()))
-            return weights, ids
-
-        router._compute_routing = compute
-        undo.append((router, inner))
-
-    for runner in runners(llm):
-        spy(runner.layer_id, runner.router)
-    try:
-        yield calls
-    finally:
-        for router, inner in undo:
-            router._compute_routing = inner
-
-
 REQUESTS = [
     asking(),
     asking(k=1),
@@ -165,7 +127,7 @@ REQUESTS = [
 def test_every_row_is_routed_by_the_law(llm, admission, memories, request_):
     """To the bit, from what the engine's own routers were given."""
     prompt = PROMPTS[0]
-    with router_calls(llm) as calls:
+    with spied(llm) as calls:
         generate(llm, [prompt], [sampling(4, request_)])
     shape = admission.shape
     plans = compile_request(parse(request_, presets={}), admission.context).plans
