@@ -11,6 +11,7 @@ from moe_tta.artefact import Artefact, load_artefact
 from moe_tta.compile import CompiledPair, CompiledRequest, check_client_salt
 from moe_tta.deferred import DeferredRequest, compile_or_defer
 from moe_tta.errors import RequestError
+from moe_tta.rounds import RequestRounds
 from moe_tta.settings import ROOT, SettingsError
 from moe_tta.spec import (
     PARAMETER,
@@ -21,13 +22,14 @@ from moe_tta.spec import (
     parse_text,
 )
 from moe_tta.strategies import PlanContext, Prompt
-from moe_tta.vllm_plugin import compat
+from moe_tta.vllm_plugin import compat, round_limits
 from moe_tta.vllm_plugin.model_shape import shape_from_config
 from moe_tta.vllm_plugin.options import read_settings
 from moe_tta.vllm_plugin.pair_limits import engine_reason, request_reason
 from moe_tta.vllm_plugin.pair_metrics import count_refused
 from moe_tta.vllm_plugin.pairs import PAIR, Ask
 from moe_tta.vllm_plugin.plan_cache import PlanCache
+from moe_tta.vllm_plugin.round_orders import ROUNDS
 from moe_tta.vllm_plugin.stores import open_stores
 
 
@@ -168,6 +170,11 @@ class Admission:
             if reason is not None:
                 count_refused(self.vllm_config)
                 raise RequestError(reason, f"{PARAMETER}.{spec.pair.name}")
+        if spec.rounds is not None:
+            enabled = self.settings.adapter is not None
+            reason = round_limits.engine_reason(self.vllm_config, enabled)
+            if reason is not None:
+                raise RequestError(reason, f"{PARAMETER}.{spec.rounds.name}")
         return compile_or_defer(spec, self.context)
 
     def without_object(self, params: Any) -> Any:
@@ -209,6 +216,7 @@ class Admission:
             raise compat.request_error(err) from None
         pair = None if compiled is None else compiled.pair
         ask = None if pair is None else self._ask(request, pair, own_salt)
+        rounds = self._rounds(request, compiled)
         params = request.sampling_params
         if params is None or compiled is None:
             return
@@ -220,6 +228,8 @@ class Admission:
             request.cache_salt = own_salt if salt is None else salt
         if ask is not None:
             extra_args[PAIR] = ask.to_wire()
+        if rounds is not None:
+            extra_args[ROUNDS] = rounds.to_wire()
         params.extra_args = extra_args or None
 
     def _for_prompt(
@@ -234,6 +244,23 @@ class Admission:
         if asked is not None and asked.prompt_tokens is not None:
             asked.check_prompt(_prompt_len(request))
         return asked
+
+    def _rounds(
+        self, request: Any, compiled: CompiledRequest | None
+    ) -> RequestRounds | None:
+        """Return what the request says about its rounds.
+
+        Raises:
+            VLLMValidationError: a request like this cannot have any.
+        """
+        if compiled is None or compiled.rounds is None:
+            return None
+        max_context = self.settings.adapter.max_context
+        reason = round_limits.request_reason(request, max_context)
+        if reason is not None:
+            raise compat.request_error(RequestError(reason, PARAMETER))
+        prompt_len = compiled.prompt_tokens or _prompt_len(request)
+        return RequestRounds(*compiled.rounds, prompt_len, max_context)
 
     def _ask(self, request: Any, pair: CompiledPair, own_salt: str | None) -> Ask:
         """Return what the request says about its second stream.
