@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 from moe_tta.rounds import RequestRounds
@@ -90,9 +91,10 @@ def _take(request: Any) -> RequestRounds | None:
     wire = (params.extra_args or {}).get(ROUNDS) if params else None
     if wire is None:
         return None
-    # the dict is shared between the n completions of one prompt: never edit it
+    # in one process, the n completions of a prompt share their parameters
     left = {k: v for k, v in params.extra_args.items() if k != ROUNDS}
-    params.extra_args = left or None
+    request.sampling_params = copy(params)
+    request.sampling_params.extra_args = left or None
     return RequestRounds.from_wire(wire)
 
 

@@ -120,3 +120,17 @@ def test_reports(llm, loop):
     assert plain.outputs[0].moe_tta is None
     held = status(llm)
     assert (held["jobs"], held["requests_with_plan"], held["slots_in_use"]) == (0,) * 3
+
+
+def test_each_of_n_completions_adapts_to_itself(llm):
+    """In one process they share their parameters; top_k 1 is greedy again."""
+    prompt, request = draw_prompts(1, random.Random(7))[0], REQUESTS["once"]
+    twice = {"n": 2, "temperature": 1.0, "top_k": 1}
+    [output] = llm.generate(
+        [{"prompt_token_ids": prompt}],
+        sampling(TOKENS, request, **twice),
+        use_tqdm=False,
+    )
+    [(alone, _)] = generate(llm, [prompt], [sampling(TOKENS, request)])
+    assert [list(c.token_ids) for c in output.outputs] == [alone, alone]
+    assert all(len(c.moe_tta["rounds"]) == 1 for c in output.outputs)
