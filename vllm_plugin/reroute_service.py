@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,5 +50,7 @@ class _Job:
         edit = None
         if done.outcome is Outcome.ADAPTED:
             edit = PlanEdit({"bias": done.delta.cpu().numpy()})
-        facts = {"losses": list(done.losses), "layers": list(done.layers)}
+        # JSON has no NaN
+        losses = [loss if math.isfinite(loss) else None for loss in done.losses]
+        facts = {"losses": losses, "layers": list(done.layers)}
         return Result(done.outcome.value, edit, facts)

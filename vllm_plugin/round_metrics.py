@@ -14,20 +14,19 @@ class RoundMetrics:
     """The metrics of one process; `of_process` returns them."""
 
     def __init__(self):
+        labels = ["model_name", "service"]
         self.rounds = Counter(
-            "moe_tta:reroute_rounds",
+            "moe_tta:rounds",
             "Rounds of adaptation that ended, by what became of them.",
-            ["model_name", "outcome"],
+            [*labels, "outcome"],
         )
         self.seconds = Counter(
-            "moe_tta:reroute_seconds",
-            "Seconds of the worker spent on rounds.",
-            ["model_name"],
+            "moe_tta:round_seconds", "Seconds of the worker spent on rounds.", labels
         )
         self.tokens = Counter(
-            "moe_tta:reroute_context_tokens",
+            "moe_tta:round_context_tokens",
             "Tokens of text that rounds were given to read.",
-            ["model_name"],
+            labels,
         )
 
 
@@ -38,6 +37,7 @@ def observe(model: str, reports: Iterable[Mapping[str, Any]]) -> None:
     """Count rounds from their reports."""
     metrics = of_process()
     for report in reports:
-        metrics.rounds.labels(model, report["outcome"]).inc()
-        metrics.seconds.labels(model).inc(report["milliseconds"] / 1e3)
-        metrics.tokens.labels(model).inc(report["context"])
+        labels = model, report["service"]
+        metrics.rounds.labels(*labels, report["outcome"]).inc()
+        metrics.seconds.labels(*labels).inc(report["milliseconds"] / 1e3)
+        metrics.tokens.labels(*labels).inc(report["context"])

@@ -71,7 +71,7 @@ def take_reports(original: Callable) -> Callable:
             state = self.request_states.get(output.request_id)
             if state is not None:
                 state.moe_tta = [*getattr(state, "moe_tta", ()), *reports]
-            round_metrics.observe(getattr(self, "moe_tta_model", ""), reports)
+            round_metrics.observe(self.moe_tta_model, reports)
         return original(self, engine_core_outputs, *args, **kwargs)
 
     return process_outputs

@@ -86,6 +86,7 @@ class RoundWorker:
             version = Version(order.start, result.edit)
             self._add_version(order.request_id, running.begun.prompt_len, version)
         report = {
+            "service": running.begun.service,
             "round": running.begun.number,
             "context": len(running.begun.tokens),
             "start": order.start,

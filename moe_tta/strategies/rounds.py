@@ -22,8 +22,9 @@ from moe_tta.strategies.base import PlanContext, items
 
 MIN_EVERY = 8  # a version of a plan is kept for each round until the request ends
 MAX_REPLAY = 1024
+MAX_TOKENS = 1 << 30  # of any text; numbers stay within what the engine can carry
 
-Position = Annotated[int, Field(ge=0)]
+Position = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 ReplayedRound = Annotated[
     tuple[Position, Position], Strict(False), items("context", "start")
 ]
@@ -44,7 +45,7 @@ class RoundParams(BaseModel):
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False
     )
 
-    every: Annotated[int, Field(ge=0)] = 128
+    every: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 128
     mode: Mode = "wait"
     replay: (
         Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
-from moe_tta.strategies.rounds import RoundParams
+from moe_tta.strategies.rounds import MAX_TOKENS, RoundParams
 
 MAX_STEPS = 64
 MAX_CLIP = 10.0
@@ -45,7 +45,7 @@ class RerouteParams(RoundParams):
         | None
     ) = None
     clip: Annotated[float, Field(gt=0, le=MAX_CLIP)] = 1.0
-    skip: Annotated[int, Field(ge=0)] = 0
+    skip: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
 
     @model_validator(mode="after")
     def _one_choice(self) -> RerouteParams:
