@@ -57,7 +57,7 @@ def loop(llm, tiny_models):
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_tokens_equal_the_plain_loop(llm, loop, name):
-    prompts = draw_prompts(6, random.Random(3))
+    prompts = draw_prompts(4, random.Random(3))
     params = [sampling(TOKENS, REQUESTS[name])] * len(prompts)
     got = generate(llm, prompts, params)
     for prompt, (tokens, _) in zip(prompts, got, strict=True):
@@ -66,9 +66,9 @@ def test_tokens_equal_the_plain_loop(llm, loop, name):
 
 
 def test_it_does_change_texts(llm):
-    prompts = draw_prompts(6, random.Random(3))
-    plain = generate(llm, prompts, [sampling(TOKENS)] * 6)
-    adapted = generate(llm, prompts, [sampling(TOKENS, REQUESTS["once"])] * 6)
+    prompts = draw_prompts(4, random.Random(3))
+    plain = generate(llm, prompts, [sampling(TOKENS)] * 4)
+    adapted = generate(llm, prompts, [sampling(TOKENS, REQUESTS["once"])] * 4)
     assert all(a[0] != b[0] for a, b in zip(adapted, plain, strict=True))
 
 
@@ -134,3 +134,29 @@ def test_each_of_n_completions_adapts_to_itself(llm):
     [(alone, _)] = generate(llm, [prompt], [sampling(TOKENS, request)])
     assert [list(c.token_ids) for c in output.outputs] == [alone, alone]
     assert all(len(c.moe_tta["rounds"]) == 1 for c in output.outputs)
+
+
+def test_overlap_is_replayed_by_its_report(llm, loop, monkeypatch):
+    """A budget below a round a step lets rows go ahead under the old version."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    monkeypatch.setattr(scheduler.rounds, "_budget", 40)
+    prompts = draw_prompts(3, random.Random(12))
+    asked = {"every": 8, "steps": 2, "lr": 0.3}
+    request = {"reroute": {**asked, "mode": "overlap"}}
+    recorded = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        sampling(TOKENS, request),
+        use_tqdm=False,
+    )
+    late = 0
+    for prompt, output in zip(prompts, recorded, strict=True):
+        rounds = output.outputs[0].moe_tta["rounds"]
+        pairs = [[r["context"], r["start"]] for r in rounds]
+        late += sum(start >= context for context, start in pairs)
+        replay = {"reroute": {"steps": 2, "lr": 0.3, "replay": pairs}}
+        [again] = generate(llm, [prompt], [sampling(TOKENS, replay)])
+        assert again == outputs(output)
+        wanted = {"reroute": asked}
+        starts = [start for _, start in pairs] + [10**6] * 4
+        assert again[0] == loop.generate(wanted, prompt, TOKENS, starts)[0]
+    assert late > 4
