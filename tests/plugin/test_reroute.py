@@ -122,6 +122,23 @@ def test_reports(llm, loop):
     assert (held["jobs"], held["requests_with_plan"], held["slots_in_use"]) == (0,) * 3
 
 
+def test_scored_in_the_prompt_as_generated(llm):
+    """With `prompt_tokens`, rounds fall inside what vLLM takes for the prompt."""
+    prompt = draw_prompts(1, random.Random(9))[0]
+    request = {"reroute": {"every": 8, "steps": 2, "lr": 0.3}}
+    [(tokens, logprobs)] = generate(llm, [prompt], [sampling(20, request)])
+    scored = {**request, "prompt_tokens": len(prompt)}
+    [output] = llm.generate(
+        [{"prompt_token_ids": prompt + tokens}],
+        sampling(1, scored, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    rows = output.prompt_logprobs[len(prompt) :]
+    found = [row[token].logprob for row, token in zip(rows, tokens, strict=True)]
+    assert found == logprobs
+    assert len(output.outputs[0].moe_tta["rounds"]) == 3
+
+
 def test_each_of_n_completions_adapts_to_itself(llm):
     """In one process they share their parameters; top_k 1 is greedy again."""
     prompt, request = draw_prompts(1, random.Random(7))[0], REQUESTS["once"]
