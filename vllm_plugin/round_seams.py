@@ -7,7 +7,7 @@ from collections.abc import Callable
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from moe_tta.vllm_plugin import round_metrics
+from moe_tta.vllm_plugin import round_metrics, round_records
 from moe_tta.vllm_plugin.compat import wrap
 from moe_tta.vllm_plugin.round_orders import REPORTS
 
@@ -71,6 +71,9 @@ def take_reports(original: Callable) -> Callable:
             state = self.request_states.get(output.request_id)
             if state is not None:
                 state.moe_tta = [*getattr(state, "moe_tta", ()), *reports]
+                round_records.of_process().keep(
+                    state.external_req_id, state.request_index, state.moe_tta
+                )
             round_metrics.observe(self.moe_tta_model, reports)
         return original(self, engine_core_outputs, *args, **kwargs)
 

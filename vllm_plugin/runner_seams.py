@@ -39,7 +39,7 @@ def hook_runner(runner: Any) -> None:
         def wrapped(*args, **kwargs):
             result = original(*args, **kwargs)
             state.arm(moe_runners(runner.vllm_config))
-            state.load_services(runner.model)
+            state.load_services(runner.get_model())
             if state.rounds is not None:
                 follow_rounds(runner, state)
             if not is_v1 and runner.sampler is not None:  # None with pooling
