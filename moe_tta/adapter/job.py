@@ -29,6 +29,8 @@ class RerouteJob:
         starts: First position that takes the vectors, for each; 0 by default.
     """
 
+    @torch.inference_mode(False)  # a worker's step runs in it: no gradient passes
+    @torch.no_grad()
     def __init__(
         self,
         model: AdapterModel,
@@ -37,12 +39,10 @@ class RerouteJob:
         settings: Rerouting,
         starts: Sequence[int] | None = None,
     ):
-        # a worker's step runs in inference mode, whose tensors take no gradient
-        with torch.inference_mode(False), torch.no_grad():
-            delta = delta.to(model.device, torch.float32).clone()
-            self._results = [
-                Round(Outcome.NO_TARGETS, vectors, (), ()) for vectors in delta.unbind()
-            ]
+        delta = delta.to(model.device, torch.float32).clone()
+        self._results = [
+            Round(Outcome.NO_TARGETS, vectors, (), ()) for vectors in delta.unbind()
+        ]
         self._usable = [
             index
             for index, sequence in enumerate(sequences)
