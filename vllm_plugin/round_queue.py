@@ -12,7 +12,7 @@ from moe_tta.rounds import RequestRounds, Round
 from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Order
 
 
-@dataclass
+@dataclass(eq=False)
 class _Progress:
     """How far a request's rounds have come.
 
