@@ -19,7 +19,7 @@ from rich.text import Text
 from moe_tta.errors import RequestError
 from moe_tta.remix.cli import remix
 from moe_tta.spec import PARAMETER, parse
-from moe_tta.strategies import PAIRS, STRATEGIES
+from moe_tta.strategies import PAIRS, ROUNDS, STRATEGIES
 from moe_tta.vllm_plugin.verify import CHECKS, Dtype
 
 app = typer.Typer(
@@ -147,7 +147,7 @@ def _with_members(command: Callable) -> Callable:
                 str | None, typer.Option(metavar="JSON", help=f"Object of {name}.")
             ],
         )
-        for name in (*STRATEGIES, *PAIRS)
+        for name in (*STRATEGIES, *PAIRS, *ROUNDS)
     ]
     own = inspect.signature(command, eval_str=True)
     named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]

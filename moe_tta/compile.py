@@ -14,10 +14,11 @@ import numpy as np
 
 from moe_tta.errors import RequestError
 from moe_tta.plan import PlanError, Renorm, RoutingPlan, merge
+from moe_tta.rounds import AskedRounds
 from moe_tta.shape import RouterShape
 from moe_tta.spans import SEGMENTS, span_segments
 from moe_tta.spec import PARAMETER, RequestSpec
-from moe_tta.strategies import PAIRS, STRATEGIES, PlanContext
+from moe_tta.strategies import PAIRS, ROUNDS, STRATEGIES, PlanContext
 
 SALT_PREFIX = "moe-tta:"
 WIRE_FORMAT = 1
@@ -32,12 +33,14 @@ class CompiledRequest:
         cached: Whether each segment's plan can change the KV cache.
         pair: The second stream, if the request asks for one.
         prompt_tokens: Where the prompt ends for the plans; `None` at its real end.
+        rounds: What computes the plans anew while the request runs, if it asks for it.
     """
 
     plans: tuple[RoutingPlan | None, RoutingPlan | None, RoutingPlan | None]
     cached: tuple[bool, bool, bool]
     pair: CompiledPair | None = None
     prompt_tokens: int | None = None
+    rounds: AskedRounds | None = None
 
     @property
     def neutral(self) -> bool:
@@ -166,6 +169,8 @@ def compile_request(spec: RequestSpec, context: PlanContext) -> CompiledRequest:
         RequestError: the model's routers cannot honour the request.
     """
     compiled = _compile_stream(spec, context)
+    if spec.rounds is not None:
+        return replace(compiled, rounds=_ask_rounds(spec, context))
     if spec.pair is None:
         return compiled
     try:
@@ -174,6 +179,15 @@ def compile_request(spec: RequestSpec, context: PlanContext) -> CompiledRequest:
         raise err.renamed(spec.pair.shorthands) from err
     combination, numbers = PAIRS[spec.pair.name].combination(spec.pair.params)
     return replace(compiled, pair=CompiledPair(combination, numbers, weak))
+
+
+def _ask_rounds(spec: RequestSpec, context: PlanContext) -> AskedRounds:
+    name, params = spec.rounds.name, spec.rounds.params
+    try:
+        work = ROUNDS[name].work(params, context)
+    except RequestError as err:
+        raise err.under(f"{spec.root}.{name}") from err
+    return AskedRounds(work, params.schedule)
 
 
 def _compile_stream(spec: RequestSpec, context: PlanContext) -> CompiledRequest:

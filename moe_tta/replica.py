@@ -7,8 +7,8 @@ by the oracle's. vLLM's results are checked against it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -52,7 +52,6 @@ def _rule(gate: torch.nn.Module, shape: RouterShape) -> RoutingRule:
     return RoutingRule.from_shape(replace(shape, routed_scaling_factor=factor), bias)
 
 
-@contextmanager
 def routed(
     model: torch.nn.Module,
     shape: RouterShape,
@@ -60,8 +59,8 @@ def routed(
     prompt_len: int,
     start: int = 0,
     memories: Sequence[Sequence[LayerMemory | None]] = (),
-) -> Iterator[list[dict[str, Any]]]:
-    """Let forward passes of one sequence obey plans.
+) -> AbstractContextManager[list[dict[str, Any]]]:
+    """Let forward passes of one sequence obey the plans of its segments.
 
     Args:
         model: A transformers MoE causal language model.
@@ -72,13 +71,42 @@ def routed(
         start: Position of each pass's first token; more than 0 with a KV cache.
         memories: Each layer's token memories by place, where plans name them.
 
+    Returns:
+        See `routed_rows`.
+    """
+
+    def plan_of(positions: torch.Tensor) -> torch.Tensor:
+        return (positions >= prompt_len - 1).int() + (positions >= prompt_len)
+
+    return routed_rows(model, shape, segments, plan_of, start, memories)
+
+
+@contextmanager
+def routed_rows(
+    model: torch.nn.Module,
+    shape: RouterShape,
+    plans: Sequence[RoutingPlan | None],
+    plan_of: Callable[[torch.Tensor], torch.Tensor],
+    start: int = 0,
+    memories: Sequence[Sequence[LayerMemory | None]] = (),
+) -> Iterator[list[dict[str, Any]]]:
+    """Let forward passes of one sequence obey a plan of their own in each row.
+
+    Args:
+        model: A transformers MoE causal language model.
+        shape: The model's router shape.
+        plans: `None` is the model's own rule.
+        plan_of: Places in `plans`, [T] int, for absolute positions [T].
+        start: Position of each pass's first token; more than 0 with a KV cache.
+        memories: Each layer's token memories by place, where plans name them.
+
     Yields:
         A list that each forward pass fills with one record a layer: `router_logits`
         [T, E], `topk_weights` and `topk_ids` [T, k_max], `stock_ids` [T, top_k].
     """
-    table = PlanTable(shape, len(segments), next(model.parameters()).device)
-    plans = [plan or RoutingPlan() for plan in segments]
-    table.write(dict(enumerate(plans, start=1)))
+    table = PlanTable(shape, len(plans), next(model.parameters()).device)
+    given = [plan or RoutingPlan() for plan in plans]
+    table.write(dict(enumerate(given, start=1)))
     records: list[dict[str, Any]] = []
     modules = gates(model, shape.num_experts)
     if len(modules) != len(shape.layers):
@@ -93,7 +121,7 @@ def routed(
             positions = torch.arange(
                 start, start + logits.shape[0], device=logits.device
             )
-            slots = 1 + (positions >= prompt_len - 1).int() + (positions >= prompt_len)
+            slots = 1 + plan_of(positions)
             recalled = None
             if memories:
                 hidden = inputs[0].reshape(-1, inputs[0].shape[-1])

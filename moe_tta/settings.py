@@ -35,6 +35,21 @@ class SettingsError(ValueError):
     """Engine settings that make no sense; the message names the setting."""
 
 
+class AdapterSettings(BaseModel):
+    """Whether and how much requests may be adapted while they run.
+
+    Attributes:
+        budget: Tokens that the adapter reads in each step of the engine, on average;
+            a unit of its work is never cut.
+        max_context: Longest text that it reads: its memory grows with it.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    budget: Annotated[int, Field(ge=1)] = 2048
+    max_context: Annotated[int, Field(ge=2)] = 4096
+
+
 class EngineSettings(BaseModel):
     """Engine settings; build them with `read`.
 
@@ -48,6 +63,7 @@ class EngineSettings(BaseModel):
         k_max: Widest selection the engine is built for; default the model's top_k.
         trace_dir: Folder for a routing trace of every finished request. A trace
             tells nearly as much as the text: for studies, not for serving.
+        adapter: Lets requests be adapted while they run; `None` is off.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -62,6 +78,7 @@ class EngineSettings(BaseModel):
     default: str | None = None
     k_max: Annotated[int, Field(ge=1)] | None = None
     trace_dir: str | None = None
+    adapter: AdapterSettings | None = None
 
     @field_validator("presets", mode="after")
     @classmethod
@@ -95,4 +112,5 @@ class EngineSettings(BaseModel):
 
 
 def _members(loc: tuple[str | int, ...]) -> Collection[str]:
-    return EngineSettings.model_fields.keys()
+    kind = AdapterSettings if loc[:1] == ("adapter",) else EngineSettings
+    return kind.model_fields.keys()

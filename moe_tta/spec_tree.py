@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic import create_model as _create_model
 
 from moe_tta.errors import RequestError, from_validation
-from moe_tta.strategies import PAIRS, STRATEGIES, StrategyParams
+from moe_tta.strategies import PAIRS, ROUNDS, STRATEGIES, StrategyParams
 from moe_tta.strategies.base import PairParams
+from moe_tta.strategies.rounds import RoundParams
 
 PARAMETER = "moe_tta"
 
@@ -31,6 +32,7 @@ class RequestSpec:
         preset: The operator's preset it came from, if it did.
         root: Path of the object it was read from, in the user's view.
         pair: The second stream, if the request asks for one.
+        rounds: What computes its plan anew while it runs, if the request asks for it.
     """
 
     members: Mapping[str, StrategyParams] = field(default_factory=dict)
@@ -39,6 +41,15 @@ class RequestSpec:
     preset: str | None = None
     root: str = PARAMETER
     pair: PairSpec | None = None
+    rounds: RoundSpec | None = None
+
+
+@dataclass(frozen=True)
+class RoundSpec:
+    """A strategy that works in rounds, and its parameters."""
+
+    name: str
+    params: RoundParams
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ _RequestObject = _create_model(
     "RequestObject",
     __base__=_PlanObject,
     prompt_tokens=(Annotated[int, Field(ge=1)] | None, None),
-    **{name: (item.params | None, None) for name, item in PAIRS.items()},
+    **{name: (item.params | None, None) for name, item in (PAIRS | ROUNDS).items()},
 )
 
 
@@ -85,14 +96,20 @@ def from_tree(tree: Any) -> RequestSpec:
     """
     given = _validated(_RequestObject, tree, PARAMETER)
     pairs = [name for name in PAIRS if getattr(given, name) is not None]
+    rounds = _rounds_of(given)
     if not pairs:
         spec = _plan_spec(given, PARAMETER)
-        return replace(spec, prompt_tokens=given.prompt_tokens)
+        return replace(spec, prompt_tokens=given.prompt_tokens, rounds=rounds)
     name, *others = pairs
     if given.prompt_tokens is not None:
         raise RequestError(
             f"expected not beside {name}, whose streams end with the real prompt",
             f"{PARAMETER}.prompt_tokens",
+        )
+    if rounds is not None:
+        raise RequestError(
+            f"expected not beside {name}, whose streams keep their plans",
+            f"{PARAMETER}.{rounds.name}",
         )
     params = getattr(given, name)
     others += [m for m in STRATEGIES if getattr(given, m) is not None]
@@ -107,6 +124,20 @@ def from_tree(tree: Any) -> RequestSpec:
         _validated(_PlanObject, params.strong, f"{root}.strong"), f"{root}.strong"
     )
     return replace(strong, pair=_pair_spec(name, params, f"{root}.weak"))
+
+
+def _rounds_of(given: Any) -> RoundSpec | None:
+    found = [
+        RoundSpec(name, params)
+        for name in ROUNDS
+        if (params := getattr(given, name)) is not None
+    ]
+    if len(found) > 1:
+        raise RequestError(
+            f"expected not beside {found[0].name}: one of them can change the plan",
+            f"{PARAMETER}.{found[1].name}",
+        )
+    return found[0] if found else None
 
 
 def _pair_spec(name: str, params: PairParams, root: str) -> PairSpec:
@@ -149,7 +180,7 @@ def _validated(
         if not loc:
             return {*model.model_fields, *besides}
         name = str(loc[0])
-        return (STRATEGIES.get(name) or PAIRS[name]).params.model_fields.keys()
+        return (STRATEGIES | PAIRS | ROUNDS)[name].params.model_fields.keys()
 
     try:
         return model.model_validate(tree)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from moe_tta.artefact import Artefact, load_artefact
-from moe_tta.compile import CompiledPair, CompiledRequest, check_client_salt
+from moe_tta.compile import CompiledRequest, check_client_salt
 from moe_tta.deferred import DeferredRequest, compile_or_defer
 from moe_tta.errors import RequestError
 from moe_tta.settings import ROOT, SettingsError
@@ -21,13 +21,15 @@ from moe_tta.spec import (
     parse_text,
 )
 from moe_tta.strategies import PlanContext, Prompt
-from moe_tta.vllm_plugin import compat
+from moe_tta.vllm_plugin import compat, request_parts, round_limits
 from moe_tta.vllm_plugin.model_shape import shape_from_config
 from moe_tta.vllm_plugin.options import read_settings
-from moe_tta.vllm_plugin.pair_limits import engine_reason, request_reason
+from moe_tta.vllm_plugin.pair_limits import engine_reason
 from moe_tta.vllm_plugin.pair_metrics import count_refused
-from moe_tta.vllm_plugin.pairs import PAIR, Ask
+from moe_tta.vllm_plugin.pairs import PAIR
 from moe_tta.vllm_plugin.plan_cache import PlanCache
+from moe_tta.vllm_plugin.request_parts import prompt_len
+from moe_tta.vllm_plugin.round_orders import ROUNDS
 from moe_tta.vllm_plugin.stores import open_stores
 
 
@@ -168,6 +170,11 @@ class Admission:
             if reason is not None:
                 count_refused(self.vllm_config)
                 raise RequestError(reason, f"{PARAMETER}.{spec.pair.name}")
+        if spec.rounds is not None:
+            enabled = self.settings.adapter is not None
+            reason = round_limits.engine_reason(self.vllm_config, enabled)
+            if reason is not None:
+                raise RequestError(reason, f"{PARAMETER}.{spec.rounds.name}")
         return compile_or_defer(spec, self.context)
 
     def without_object(self, params: Any) -> Any:
@@ -208,7 +215,12 @@ class Admission:
         except RequestError as err:
             raise compat.request_error(err) from None
         pair = None if compiled is None else compiled.pair
-        ask = None if pair is None else self._ask(request, pair, own_salt)
+        ask = None
+        if pair is not None:
+            ask = request_parts.second_stream(self.vllm_config, request, pair)
+        rounds = None
+        if compiled is not None and compiled.rounds is not None:
+            rounds = request_parts.rounds(self.settings.adapter, request, compiled)
         params = request.sampling_params
         if params is None or compiled is None:
             return
@@ -216,10 +228,12 @@ class Admission:
         extra_args = dict(params.extra_args or {})
         if not compiled.neutral:
             extra_args[PARAMETER] = compiled.to_wire()
-            salt = compiled.salt(_prompt_len(request), own_salt)
+            salt = compiled.salt(prompt_len(request), own_salt)
             request.cache_salt = own_salt if salt is None else salt
         if ask is not None:
             extra_args[PAIR] = ask.to_wire()
+        if rounds is not None:
+            extra_args[ROUNDS] = rounds.to_wire()
         params.extra_args = extra_args or None
 
     def _for_prompt(
@@ -232,30 +246,5 @@ class Admission:
             prompt = Prompt(request.prompt_token_ids, decode)
             asked = asked.compile(self.context, prompt)
         if asked is not None and asked.prompt_tokens is not None:
-            asked.check_prompt(_prompt_len(request))
+            asked.check_prompt(prompt_len(request))
         return asked
-
-    def _ask(self, request: Any, pair: CompiledPair, own_salt: str | None) -> Ask:
-        """Return what the request says about its second stream.
-
-        Raises:
-            VLLMValidationError: a request like this cannot have one.
-        """
-        reason = request_reason(self.vllm_config, request)
-        if reason is not None:
-            count_refused(self.vllm_config)
-            raise compat.request_error(RequestError(reason, PARAMETER))
-        weak = pair.weak
-        salt = weak.salt(_prompt_len(request), own_salt)
-        return Ask(
-            combination=pair.combination,
-            numbers=pair.numbers,
-            extra_args={} if weak.neutral else {PARAMETER: weak.to_wire()},
-            cache_salt=own_salt if salt is None else salt,
-        )
-
-
-def _prompt_len(request: Any) -> int:
-    if request.prompt_token_ids is not None:
-        return len(request.prompt_token_ids)
-    return request.prompt_embeds.shape[0]

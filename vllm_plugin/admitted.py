@@ -9,6 +9,7 @@ from moe_tta.errors import RequestError
 from moe_tta.spec import PARAMETER
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.pairs import PAIR, Ask
+from moe_tta.vllm_plugin.round_orders import ROUNDS
 
 
 def check_admitted(request: Any) -> None:
@@ -22,6 +23,7 @@ def check_admitted(request: Any) -> None:
     for key, looks_compiled in (
         (PARAMETER, lambda wire: "segments" in wire),
         (PAIR, Ask.is_wire),
+        (ROUNDS, lambda wire: "schedule" in wire),
     ):
         wire = extra_args.get(key)
         if wire is not None and not (isinstance(wire, dict) and looks_compiled(wire)):

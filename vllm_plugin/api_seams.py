@@ -63,6 +63,7 @@ def mark_offline(original: Callable) -> Callable:
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         self.input_processor.moe_tta.offline = True
+        _name_model(self)
 
     return init
 
@@ -85,6 +86,7 @@ def init_server(original: Callable) -> Callable:
         original(self, *args, **kwargs)
         processor = self.input_processor
         self.moe_tta_aside = Aside(processor.moe_tta, partial(_decode, processor))
+        _name_model(self)
         for body in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
             body.moe_tta = processor.moe_tta
             wrap(body, "to_sampling_params", _check_body)
@@ -92,6 +94,12 @@ def init_server(original: Callable) -> Callable:
             wrap(body, "to_beam_search_params", _refuse_beams)
 
     return init
+
+
+def _name_model(engine: Any) -> None:
+    """Tell who counts rounds the model that its metrics are labelled with."""
+    name = engine.vllm_config.model_config.served_model_name
+    engine.output_processor.moe_tta_model = name
 
 
 def _check_body(original: Callable) -> Callable:

@@ -54,6 +54,7 @@ def install() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
     from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
@@ -62,6 +63,7 @@ def install() -> None:
         aside,
         pair_metrics,
         pathways,
+        round_seams,
         runner_seams,
     )
 
@@ -71,6 +73,8 @@ def install() -> None:
     wrap(LLMEngine, "__init__", api_seams.mark_offline)
     wrap(AsyncLLM, "__init__", api_seams.init_server)
     wrap(AsyncLLM, "add_request", aside.add_aside)
+    wrap(OutputProcessor, "process_outputs", round_seams.take_reports)
+    wrap(RequestState, "_new_completion_output", round_seams.show_reports)
     wrap(StatLoggerManager, "__init__", pair_metrics.init_counts)
     wrap(StatLoggerManager, "record", pair_metrics.record_counts)
     wrap(VllmConfig, "compute_hash", _hash_with_plugin)

@@ -11,13 +11,14 @@ from vllm.v1.request import RequestStatus
 from moe_tta.vllm_plugin.lockstep import Lockstep
 from moe_tta.vllm_plugin.pair_metrics import PairCounts
 from moe_tta.vllm_plugin.pairs import Ask, make_follower
+from moe_tta.vllm_plugin.round_scheduler import RoundScheduler
 
 
 @functools.cache
 def paired(scheduler_cls: type) -> type:
-    """Return a subclass of a vLLM scheduler class that also knows pairs."""
+    """Return a subclass of a vLLM scheduler class that knows pairs and rounds."""
     name = f"Pair{scheduler_cls.__name__}"
-    kinds = (PairLifecycle, Lockstep, scheduler_cls)
+    kinds = (RoundScheduler, PairLifecycle, Lockstep, scheduler_cls)
     return type(name, kinds, {"__module__": __name__})
 
 

@@ -49,9 +49,10 @@ class Ask:
         wire = (params.extra_args or {}).get(PAIR) if params else None
         if wire is None:
             return None
-        # the dict is shared between the n completions of one prompt: never edit it
+        # in one process, the n completions of a prompt share their parameters
         left = {k: v for k, v in params.extra_args.items() if k != PAIR}
-        params.extra_args = left or None
+        request.sampling_params = copy(params)
+        request.sampling_params.extra_args = left or None
         return Ask(**{**wire, "numbers": tuple(wire["numbers"])})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from moe_tta.kernels.table import Features
 from moe_tta.spec import PARAMETER
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.slots import SlotTable
+
+if TYPE_CHECKING:
+    from moe_tta.vllm_plugin.versions import Requests
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class StepRows:
 
     def stage(
         self,
-        requests: Mapping[str, PlannedRequest],
+        requests: Requests,
         req_ids: Sequence[str],
         num_scheduled: np.ndarray,
         num_computed: np.ndarray,

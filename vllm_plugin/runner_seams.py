@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moe_tta.vllm_plugin.compat import wrap
 from moe_tta.vllm_plugin.cpu_seeds import hide_unused, rewound
 from moe_tta.vllm_plugin.pair_rows import give_followers_tokens
+from moe_tta.vllm_plugin.round_seams import follow_rounds
 
 if TYPE_CHECKING:
     from moe_tta.vllm_plugin.worker import WorkerState
@@ -38,6 +39,9 @@ def hook_runner(runner: Any) -> None:
         def wrapped(*args, **kwargs):
             result = original(*args, **kwargs)
             state.arm(moe_runners(runner.vllm_config))
+            state.load_services(runner.get_model())
+            if state.rounds is not None:
+                follow_rounds(runner, state)
             if not is_v1 and runner.sampler is not None:  # None with pooling
                 _pair_sampler_v2(runner.sampler, state)
             return result

@@ -11,6 +11,9 @@ from moe_tta.plan import RoutingPlan
 
 # one for each segment: after preemption, one chunk may hold rows of all three
 PLANS_PER_REQUEST = 3
+# and of two versions: none starts before the prompt's last row, so that the second one
+# adds a plan to three only where it starts among generated rows, which makes one more
+PLANS_PER_VERSIONED_REQUEST = 4
 
 
 class SlotTable:
@@ -30,8 +33,9 @@ class SlotTable:
     def assign(self, plans: Mapping[str, bytes]) -> dict[str, int]:
         """Pin exactly these plans, by fingerprint, and return their slots.
 
-        A step never needs more than `PLANS_PER_REQUEST` plans of each request, which
-        is how many slots there are: capacity cannot run out.
+        A step never needs more than `PLANS_PER_REQUEST` plans of each request (with
+        rounds, `PLANS_PER_VERSIONED_REQUEST`), which is how many slots there are:
+        capacity cannot run out.
         """
         for fingerprint in plans:
             if fingerprint in self._cached:

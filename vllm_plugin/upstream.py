@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vLLM functions that pairs rely on, pinned by the hash of their source.
+"""The vLLM functions that pairs and rounds rely on, pinned by their source's hash.
 
-Lockstep depends on the order in which vLLM's scheduler asks its own methods. A vLLM
-that changed one of them may still work, but nobody has looked: pairs are switched off
-there. After looking, write the hashes anew with `python -m
-moe_tta.vllm_plugin.upstream`.
+Both depend on the order in which vLLM's scheduler asks its own methods. A vLLM that
+changed one of them may still work, but nobody has looked: both are switched off there.
+After looking, write the hashes anew with `python -m moe_tta.vllm_plugin.upstream`.
 """
 
 from __future__ import annotations

@@ -23,11 +23,18 @@ from moe_tta.vllm_plugin.model_shape import (
 from moe_tta.vllm_plugin.options import read_settings
 from moe_tta.vllm_plugin.pair_rows import PairRows, kernels, plain_torch
 from moe_tta.vllm_plugin.pathways import PathwayRecorder
+from moe_tta.vllm_plugin.round_orders import ORDERS
+from moe_tta.vllm_plugin.round_worker import RoundWorker
 from moe_tta.vllm_plugin.router import LayerRouting, arm_router
 from moe_tta.vllm_plugin.router_shape import correction_bias, shape_from_routers
 from moe_tta.vllm_plugin.rows import PlannedRequest, StepRows
-from moe_tta.vllm_plugin.slots import PLANS_PER_REQUEST, SlotTable
+from moe_tta.vllm_plugin.slots import (
+    PLANS_PER_REQUEST,
+    PLANS_PER_VERSIONED_REQUEST,
+    SlotTable,
+)
 from moe_tta.vllm_plugin.trace import TraceRecorder
+from moe_tta.vllm_plugin.versions import VersionedRequest, unplanned
 
 if TYPE_CHECKING:
     from moe_tta.vllm_plugin.gpu_router import GpuLayerRouting
@@ -46,13 +53,14 @@ class WorkerState:
     def __init__(self, vllm_config: Any, device: torch.device):
         self.vllm_config = vllm_config
         self.device = device
-        self.requests: dict[str, PlannedRequest] = {}
+        self.requests: dict[str, PlannedRequest | VersionedRequest] = {}
         self.rows: StepRows | None = None
         self.armed: list[LayerRouting | GpuLayerRouting] = []
         self.shape: RouterShape | None = None
         self.memories: Memories | None = None
         self.trace: TraceRecorder | None = None
         self.recorder: PathwayRecorder | None = None
+        self.rounds: RoundWorker | None = None
         self.pairs = PairRows(device, self._combine_rows())
 
     def _combine_rows(self) -> dict[str, CombineRows]:
@@ -103,7 +111,9 @@ class WorkerState:
 
     def _arm_layers(self, runners: Sequence[Any], shape: RouterShape) -> None:
         scheduler = self.vllm_config.scheduler_config
-        num_slots = PLANS_PER_REQUEST * scheduler.max_num_seqs
+        adapted = read_settings(self.vllm_config).adapter is not None
+        plans = PLANS_PER_VERSIONED_REQUEST if adapted else PLANS_PER_REQUEST
+        num_slots = plans * scheduler.max_num_seqs
         table = PlanTable(shape, num_slots, self.device)
         captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         max_tokens = max(scheduler.max_num_batched_tokens, captured)
@@ -173,10 +183,31 @@ class WorkerState:
             self.requests.pop(req_id, None)
         for request in new:
             planned = PlannedRequest.from_new(request)
+            before = self.requests.get(request.req_id)
+            if isinstance(before, VersionedRequest):  # adapted before it was scheduled
+                planned = before.with_own(planned or unplanned(before.prompt_len))
             if planned is not None:
                 self.requests[request.req_id] = planned
         if not self.requests and self.rows is not None:
             self.rows.clear()
+
+    def load_services(self, model: Any) -> None:
+        """Build what does the work of rounds, if the operator wants it.
+
+        Raises:
+            UnsupportedModelError: it cannot work on this model or set-up.
+        """
+        if read_settings(self.vllm_config).adapter is None or self.rows is None:
+            return
+        from moe_tta.vllm_plugin.adapter_loading import load_services
+
+        services = load_services(self.vllm_config, model)
+        self.rounds = RoundWorker(services, self.requests)
+
+    def obey(self, scheduler_output: Any) -> None:
+        """Do the orders that came with a step, before its forward pass."""
+        orders = getattr(scheduler_output, ORDERS, ())
+        self.rounds.obey(orders, scheduler_output.finished_req_ids)
 
     def stage(
         self, req_ids: Sequence[str], num_scheduled: np.ndarray, num_computed: Any
@@ -198,5 +229,6 @@ class WorkerState:
             "requests_with_plan": len(self.requests),
             "slots_in_use": len(pinned),
             "pairs": len(self.pairs.links),
+            "jobs": 0 if self.rounds is None else len(self.rounds.jobs),
             "token_stores": self.memories.count if self.memories else 0,
         }

@@ -18,6 +18,7 @@ from benchmarks.demo.report import Result, faults, print_table
 from benchmarks.demo.server import ServerError, serve
 from benchmarks.demo.store import build_store
 from benchmarks.demo.traces import find_trace, read_routing
+from moe_tta.adapter.families import FAMILIES
 from moe_tta.lab import MODELS, lab_path
 from moe_tta.plots import routing_heat_map
 from moe_tta.shape import RouterShape
@@ -36,27 +37,29 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_model(name: str, console: Console) -> tuple[str, RouterShape]:
+def find_model(name: str, console: Console) -> tuple[str, RouterShape, bool]:
+    """Return a model's folder, its routers, and whether requests can adapt to them."""
     folder = name
     if name in MODELS:
         console.print(f"lab model {name}: {MODELS[name].summary}")
         folder = str(lab_path(name))
-    shape = shape_from_config(AutoConfig.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder)
+    shape = shape_from_config(config)
     if shape is None:
         sys.exit(f"{name} has no MoE layers")
-    return folder, shape
+    return folder, shape, config.model_type in FAMILIES
 
 
 def run(args: argparse.Namespace, console: Console, scratch: Path) -> list[str]:
     """Serve, ask, show; returns what did not come as expected."""
-    model, shape = find_model(args.model, console)
-    todo = cases(shape)
+    model, shape, adapted = find_model(args.model, console)
+    todo = cases(shape, adapted)
     traces = scratch / "traces"
     store = None
     if shape.is_distribution:
         with console.status("building a store of solved questions"):
             store = str(build_store(model, scratch))
-    options = settings(shape, str(traces), store)
+    options = settings(shape, str(traces), store, adapted)
     start = time.perf_counter()
     with (
         console.status("starting vllm serve") as status,

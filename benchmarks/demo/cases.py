@@ -36,7 +36,9 @@ class Case:
     refused: str | None = None
 
 
-def settings(shape: RouterShape, trace_dir: str, store: str | None) -> dict:
+def settings(
+    shape: RouterShape, trace_dir: str, store: str | None, adapted: bool
+) -> dict:
     """What an operator passes by --additional-config, under `moe_tta`."""
     return {
         "allow_inline": True,
@@ -44,6 +46,7 @@ def settings(shape: RouterShape, trace_dir: str, store: str | None) -> dict:
         "presets": {PRESET: {"dynamic_k": {"k": 1, "span": "generated"}}},
         "stores": {} if store is None else {NAME: store},
         "trace_dir": trace_dir,
+        "adapter": {} if adapted else None,
     }
 
 
@@ -57,7 +60,8 @@ def middle(shape: RouterShape) -> list[int]:
     return list(shape.layers[count // 4 : count - count // 4])
 
 
-def cases(shape: RouterShape) -> list[Case]:
+def cases(shape: RouterShape, adapted: bool) -> list[Case]:
+    """Return the requests; adapted ones only where the adapter knows the model."""
     ask = moe_tta.request
     promoted, demoted = 0, shape.num_experts - 1
     rows = [shape.layers.index(layer) for layer in middle(shape)]
@@ -92,6 +96,7 @@ def cases(shape: RouterShape) -> list[Case]:
             lambda r: 1 < r.experts_per_token < shape.top_k,
         ),
         *([_remix(shape)] if shape.is_distribution else []),
+        *([_reroute()] if adapted else []),
         Case(
             "contrast: weak rank 2",
             ask(contrast={"weak": {"rank": 2}}),
@@ -116,6 +121,16 @@ def _remix(shape: RouterShape) -> Case:
         lambda r: bool(
             r.changed.any(axis=1).sum() == 1 and not r.changed[:, :changed].any()
         ),
+    )
+
+
+def _reroute() -> Case:
+    """One round on the prompt: its vectors hold from its last token on."""
+    return Case(
+        "reroute: 2 steps on the prompt",
+        moe_tta.request(reroute={"every": 0, "steps": 2, "lr": 0.5}),
+        "other experts, but not for the first token",
+        lambda r: bool(r.changed.any() and not r.changed[0].any()),
     )
 
 

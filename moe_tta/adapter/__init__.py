@@ -2,6 +2,7 @@
 """The adapter: gradients with respect to routing, through the served weights."""
 
 from moe_tta.adapter.errors import AdapterError
+from moe_tta.adapter.job import RerouteJob, reroute
 from moe_tta.adapter.model import AdapterModel
 from moe_tta.adapter.neighbours import Neighbour, NeighbourTail, last_row_routing
 from moe_tta.adapter.remixing import (
@@ -11,7 +12,7 @@ from moe_tta.adapter.remixing import (
     descend_neighbours,
     search_alpha,
 )
-from moe_tta.adapter.rerouting import Outcome, Rerouting, Round, reroute
+from moe_tta.adapter.rerouting import Outcome, Rerouting, Round
 
 __all__ = [
     "AdapterError",
@@ -22,6 +23,7 @@ __all__ = [
     "NeighbourTail",
     "Outcome",
     "Remixed",
+    "RerouteJob",
     "Rerouting",
     "Round",
     "descend_neighbours",

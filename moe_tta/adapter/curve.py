@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from moe_tta.adapter.job import reroute
 from moe_tta.adapter.model import AdapterModel
-from moe_tta.adapter.rerouting import Rerouting, Round, reroute
+from moe_tta.adapter.rerouting import Rerouting, Round
 
 
 def loss_curves(

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,8 +46,7 @@ def autograd_gradient(loss: Callable[[torch.Tensor], torch.Tensor]) -> Gradient:
     return gradient
 
 
-@torch.no_grad()
-def descend(
+def descent_steps(
     gradient: Gradient,
     loss: Callable[[torch.Tensor], torch.Tensor],
     start: torch.Tensor,
@@ -56,8 +55,11 @@ def descend(
     lr: float,
     steps: int,
     clip: float,
-) -> Descent:
+) -> Generator[None, None, Descent]:
     """Take `steps` steps, each held within `clip` of zero, entry by entry.
+
+    Pauses after each of them; the last loss comes with the result. Run it under
+    `torch.no_grad`.
 
     A layer's rate scales its *step*: Adam would divide a scaled gradient by its own
     scale again.
@@ -87,7 +89,19 @@ def descend(
         rule.step()
         moved = (before + rates * (delta - before)).clamp(-clip, clip)
         delta.copy_(torch.where(going, moved, before))
+        yield
     losses.append(loss(delta))
     finite &= losses[-1].isfinite()
     delta = torch.where(finite[:, None, None], delta, start)
     return Descent(delta, torch.stack(losses, dim=1), finite)
+
+
+@torch.no_grad()
+def descend(*args: Any, **kwargs: Any) -> Descent:
+    """Run `descent_steps` to its end, without a pause."""
+    steps = descent_steps(*args, **kwargs)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value

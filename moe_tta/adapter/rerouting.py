@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One round of online rerouting: better vectors from the requests' own text."""
+"""What a round of online rerouting is: better vectors from the requests' own text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -12,7 +12,12 @@ import torch
 
 from moe_tta.adapter.choice import hard_choice, named_choice, soft_choice
 from moe_tta.adapter.contexts import Contexts
-from moe_tta.adapter.descent import OPTIMIZERS, Descent, autograd_gradient, descend
+from moe_tta.adapter.descent import (
+    OPTIMIZERS,
+    Descent,
+    autograd_gradient,
+    descent_steps,
+)
 from moe_tta.adapter.errors import AdapterError
 from moe_tta.adapter.model import AdapterModel
 from moe_tta.adapter.spsa import spsa_gradient
@@ -70,6 +75,18 @@ class Rerouting:
         if self.layers is not None and not self.layers:
             raise ValueError("layers is empty: name one, or None for the choice")
 
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """Forward passes over the context that each unit of a round costs.
+
+        Units: the survey, every step, the last loss. A backward pass counts as one
+        forward, which is about its cost.
+        """
+        step = 2 + self.recompute
+        if self.optimizer == "spsa":
+            step = 2 * self.pairs
+        return (1, *[step] * self.steps, 1)
+
 
 class Outcome(Enum):
     """What became of a request in a round."""
@@ -97,64 +114,23 @@ class Round:
     layers: tuple[int, ...]
 
 
-def reroute(
-    model: AdapterModel,
-    sequences: Sequence[Sequence[int]],
-    delta: torch.Tensor,
-    settings: Rerouting,
-    starts: Sequence[int] | None = None,
-) -> list[Round]:
-    """Adapt several requests' vectors to their own text, all in one batch.
-
-    Minimises `-(1/(T-1)) sum_t log P(x_{t+1} | x_{<=t}; z + delta)` over the vectors of
-    the chosen layers. Never raises for what a request's text or vectors hold.
-
-    Source: Rewiring Experts on the Fly (arXiv 2510.14853).
+def round_units(
+    model: AdapterModel, contexts: Contexts, delta: torch.Tensor, settings: Rerouting
+) -> Generator[None, None, list[Round]]:
+    """Run a round; pause after the survey and after each step.
 
     Args:
         model: The adapter.
-        sequences: Token ids of each request so far.
-        delta: [R, L, E] f32 vectors in force, zeros for a fresh request.
+        contexts: R sequences.
+        delta: [R, L, E] f32 vectors in force.
         settings: The same for all.
-        starts: First position that takes the vectors, for each; 0 by default.
     """
-    # a worker's step runs in inference mode, whose tensors take no gradient
-    with torch.inference_mode(False), torch.no_grad():
-        delta = delta.to(model.device, torch.float32).clone()
-        usable = [
-            index
-            for index, sequence in enumerate(sequences)
-            if len(sequence) > max(settings.skip, 1)
-        ]
-        results = [
-            Round(Outcome.NO_TARGETS, vectors, (), ()) for vectors in delta.unbind()
-        ]
-        if not usable:
-            return results
-        contexts = Contexts.of(
-            [sequences[index] for index in usable],
-            model.device,
-            None if starts is None else [starts[index] for index in usable],
-        )
-        try:
-            rounds = _adapt(model, contexts, delta[usable], settings)
-        except torch.OutOfMemoryError:
-            rounds = [
-                Round(Outcome.OUT_OF_MEMORY, delta[index], (), ()) for index in usable
-            ]
-        for index, done in zip(usable, rounds, strict=True):
-            results[index] = done
-        return results
-
-
-def _adapt(
-    model: AdapterModel, contexts: Contexts, delta: torch.Tensor, settings: Rerouting
-) -> list[Round]:
     surveyed = survey(model, contexts, delta)
     rates = layer_rates(model, surveyed, settings)
     lowest = int((rates > 0).any(dim=0).nonzero()[0])
     hidden = surveyed.inputs[lowest]
     del surveyed  # the other layers' inputs
+    yield
     tail = Tail(model, contexts, hidden, lowest, settings.skip, settings.recompute)
     gradient = autograd_gradient(tail.loss)
     if settings.optimizer == "spsa":
@@ -167,7 +143,7 @@ def _adapt(
             pairs=settings.pairs,
             generator=generator,
         )
-    done = descend(
+    done = yield from descent_steps(
         gradient,
         tail.loss,
         delta,

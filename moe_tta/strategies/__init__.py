@@ -14,22 +14,28 @@ from moe_tta.strategies.contrast import CONTRAST
 from moe_tta.strategies.dynamic_k import DYNAMIC_K
 from moe_tta.strategies.knn import KNN
 from moe_tta.strategies.remix import REMIX
+from moe_tta.strategies.reroute import REROUTE
+from moe_tta.strategies.rounds import RoundStrategy
 from moe_tta.strategies.steer import STEER
 
 __all__ = [
     "PAIRS",
+    "ROUNDS",
     "STRATEGIES",
     "PairStrategy",
     "PlanContext",
     "Prompt",
+    "RoundStrategy",
     "Strategy",
     "StrategyParams",
     "register",
     "register_pair",
+    "register_rounds",
 ]
 
 STRATEGIES: dict[str, Strategy] = {}
 PAIRS: dict[str, PairStrategy] = {}
+ROUNDS: dict[str, RoundStrategy] = {}
 
 
 def register(strategy: Strategy) -> None:
@@ -52,8 +58,18 @@ def register_pair(strategy: PairStrategy) -> None:
     PAIRS[strategy.name] = strategy
 
 
+def register_rounds(strategy: RoundStrategy) -> None:
+    """Add a family that works in rounds to the request object.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    _check_free(strategy.name)
+    ROUNDS[strategy.name] = strategy
+
+
 def _check_free(name: str) -> None:
-    if name in STRATEGIES or name in PAIRS:
+    if name in {*STRATEGIES, *PAIRS, *ROUNDS}:
         raise ValueError(f"strategy {name!r} is already registered")
 
 
@@ -62,3 +78,4 @@ register(DYNAMIC_K)
 register(REMIX)
 register(KNN)
 register_pair(CONTRAST)
+register_rounds(REROUTE)

@@ -40,7 +40,7 @@ def test_faults_name_what_was_expected():
     stock = np.zeros((1, 30, 8), bool)
     stock[:, :, :2] = True
     routing, answer = Routing(stock, stock), Answer("text")
-    todo = cases(LAB)
+    todo = cases(LAB, adapted=True)
     assert faults([(todo[0], answer, routing)]) == []
     assert faults([(todo[2], answer, routing)]) == ["dynamic_k: k=1: expected 1 expert"]
     assert "HTTP 400" in faults([(todo[-1], answer, routing)])[0]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from moe_tta.settings import EngineSettings
-from moe_tta.strategies import PAIRS, STRATEGIES
+from moe_tta.strategies import PAIRS, ROUNDS, STRATEGIES
 from moe_tta.vllm_plugin.families import FAMILIES, REFUSED
 from moe_tta.vllm_plugin.limits import _reasons
 from tests.docs.blocks import FENCE, PAGES, ROOT
@@ -37,12 +37,12 @@ def test_links(page):
         assert not anchor or anchor in anchors(target.read_text("utf-8")), link
 
 
-@pytest.mark.parametrize("name", [*STRATEGIES, *PAIRS])
+@pytest.mark.parametrize("name", [*STRATEGIES, *PAIRS, *ROUNDS])
 def test_strategies_are_documented(name):
     assert (ROOT / "docs" / "strategies" / f"{name}.md").is_file()
     assert f"docs/strategies/{name}.md" in read("README.md")
     reference = read("docs/request.md")
-    params = {**STRATEGIES, **PAIRS}[name].params
+    params = {**STRATEGIES, **PAIRS, **ROUNDS}[name].params
     for member in (name, *params.model_fields):
         assert f"| `{member}` |" in reference, member
 

@@ -49,6 +49,7 @@ def server(lab, tmp_path_factory):
     solved = made_store(folder / "remix", np.eye(2, DIM), pathways, card)
     settings = {
         "k_max": 12,
+        "adapter": {"max_context": 200},
         "stores": {"solved": str(solved.path), "gone": str(folder / "gone")},
         "artefacts": {"quiet": str(folder / "quiet")},
         "presets": {
@@ -66,6 +67,7 @@ def server(lab, tmp_path_factory):
     command += ["--additional-config", json.dumps({"moe_tta": settings})]
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     env["VLLM_LOGGING_LEVEL"] = "INFO"
+    env["VLLM_PLUGINS"] = "moe_tta,moe_tta_http"
     # lets a test ask the worker what it holds
     env["VLLM_SERVER_DEV_MODE"] = "1"
     # a busy machine must not close connections that wait for their next request

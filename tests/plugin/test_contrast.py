@@ -96,6 +96,21 @@ def test_equal_streams_are_the_model(llm):
     assert [tokens for tokens, _ in cut] == [tokens for tokens, _ in plain]
 
 
+def test_each_of_n_completions_is_contrasted(llm):
+    """In one process they share their parameters; top_k 1 is greedy again."""
+    prompt, weak = draw_prompts(1)[0], {"rank": 2}
+    twice = {"n": 2, "temperature": 1.0, "top_k": 1}
+    [output] = llm.generate(
+        [{"prompt_token_ids": prompt}],
+        contrast(weak, options=twice),
+        use_tqdm=False,
+    )
+    [(alone, _)] = generate(llm, [prompt], [contrast(weak)])
+    assert [list(c.token_ids) for c in output.outputs] == [alone, alone]
+    [(plain, _)] = generate(llm, [prompt], [sampling(TOKENS)])
+    assert alone != plain
+
+
 def test_one_stream_ends_short_of_the_other_in_the_cache(llm):
     """Prefix hits differ between the streams; the answer does not."""
     llm.reset_prefix_cache()

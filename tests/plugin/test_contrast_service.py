@@ -13,6 +13,7 @@ from vllm.v1.request import RequestStatus
 
 from moe_tta.settings import EngineSettings, SettingsError
 from moe_tta.vllm_plugin import pair_limits, upstream
+from moe_tta.vllm_plugin.lockstep import Lockstep
 from moe_tta.vllm_plugin.pairs import FOLLOWER
 from moe_tta.vllm_plugin.plan_cache import PlanCache
 from tests.plugin.engine import engine, generate, sampling, status
@@ -204,11 +205,9 @@ def test_a_killed_follower_fails_its_own_request_only(llm):
 
 def test_a_pair_out_of_step_fails_instead_of_guessing(llm, monkeypatch):
     """The last line of defence, should the scheduler choose tokens another way."""
-    scheduler = scheduler_of(llm)
     start(llm, steps=1)
-    kind = type(scheduler).__mro__[2]
     monkeypatch.setattr(
-        kind,
+        Lockstep,
         "_reserve_prefill_lookahead",
         lambda self, request, computed, count: (
             0 if self.pairs.follows(request.request_id) else count

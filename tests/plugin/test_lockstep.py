@@ -14,7 +14,7 @@ NUM_WORLDS = 100
 NUM_REQUESTS = 40
 
 
-def make_world(rng, model, depth, v2):
+def make_world(rng, model, depth, v2, kind=World, **options):
     block_size = rng.choice([2, 4, 16])
     longest = rng.choice([24, 48])
     budget = rng.choice([8, 20, 64])
@@ -27,6 +27,7 @@ def make_world(rng, model, depth, v2):
         enable_prefix_caching=True,
         scheduling_policy=rng.choice(["fcfs", "priority"]),
         async_scheduling=depth > 1,
+        **options,
     ).create_engine_config()
     scheduler = config.scheduler_config
     scheduler.long_prefill_token_threshold = rng.choice([0, 0, 5])
@@ -36,7 +37,7 @@ def make_world(rng, model, depth, v2):
     enough = 2 * -(-longest // block_size) + 1
     num_blocks = int(enough * rng.choice([1, 1.3, 3])) + 1
     num_blocks += int(scheduler.watermark * num_blocks) + 1
-    return World(config, num_blocks, block_size, depth, v2), longest
+    return kind(config, num_blocks, block_size, depth, v2), longest
 
 
 def draw(rng, longest, prefixes):
@@ -66,7 +67,7 @@ def expected(request_id, asked):
     return tokens
 
 
-def live(rng, world, longest):
+def live(rng, world, longest, draw=draw):
     """Let requests come and go at random until all have ended."""
     prefixes = [[rng.randrange(VOCAB) for _ in range(n)] for n in (0, 8, 16, longest)]
     todo = {f"r{i}": draw(rng, longest, prefixes) for i in range(NUM_REQUESTS)}

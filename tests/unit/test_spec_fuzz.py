@@ -37,6 +37,8 @@ VALID = [
     {"dynamic_k": {"k": 1, "span": "generated"}, "renorm": "always"},
     {"dynamic_k": {"p": 0.4, "k_min": 1, "k_max": 2}, "renorm": "never"},
     {"steer": {"promote": [[1, 0]]}, "dynamic_k": {"k": 2, "layers": [0, 2]}},
+    {"reroute": {"every": 8, "mode": "overlap", "lr": 0.1, "sign": -1}},
+    {"reroute": {"replay": [[9, 8], [12, 20]], "layers": [1, 3]}, "renorm": "never"},
 ]
 
 texts = st.one_of(

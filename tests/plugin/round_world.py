@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pretend worker of `pair_world`, which also obeys orders and knows versions."""
+
+from collections import defaultdict
+
+from moe_tta.vllm_plugin.round_orders import ORDERS, ROUNDS, Advance, Begin, End
+from tests.plugin.pair_world import Worker, WorkerV2, World, digest
+
+MAX_VERSIONS = 2  # of one chunk, which bounds the plans of a step
+
+
+class Rounds:
+    """Checks orders, and that every row is computed under the version it should.
+
+    A block's content tells the version of each row, so that reading rows of another
+    version, or another request's, is an error.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.rounds, self.starts = {}, defaultdict(list)
+        self.job, self.units, self.cost = None, 0, []
+        # (request, position) -> version under which the row was computed first
+        self.obeyed = {}
+
+    def run(self, output):
+        orders = getattr(output, ORDERS, ())
+        if self.job is not None and self.job.request_id in output.finished_req_ids:
+            self.job = None
+        spent = 0
+        for order in orders:
+            if isinstance(order, Begin):
+                self._begin(order)
+            elif isinstance(order, Advance):
+                spent += self._advance(order)
+            elif isinstance(order, End):
+                self._end(order)
+        self.cost.append((spent, bool(output.num_scheduled_tokens)))
+        return super().run(output)
+
+    def _begin(self, order):
+        assert self.job is None, "two jobs at a time"
+        known = self.texts[order.request_id]
+        context = len(order.tokens)
+        assert context <= len(known)
+        assert order.tokens == known[:context]
+        assert order.number == len(self.starts[order.request_id])
+        self.job, self.units = order, 0
+
+    def _advance(self, order):
+        assert order.request_id == self.job.request_id
+        work = self.rounds[order.request_id].work
+        cost = work.cost(self.units, len(self.job.tokens))
+        self.units += 1
+        return cost
+
+    def _end(self, order):
+        assert order.request_id == self.job.request_id
+        rounds = self.rounds[order.request_id]
+        assert self.units == len(rounds.work.passes)
+        found = rounds.round(self.job.number)
+        assert order.start == (order.start if found.start is None else found.start)
+        assert order.start >= found.context - 1
+        self.starts[order.request_id].append(order.start)
+        self.job = None
+
+    def version(self, req_id, position):
+        return sum(start <= position for start in self.starts[req_id])
+
+    def _keys(self, req_id, end):
+        rounds, key = self.rounds.get(req_id), digest(self.salts[req_id])
+        for position, token in enumerate(self.texts[req_id][:end]):
+            key = digest(key, token)
+            version = rounds and self.version(req_id, position)
+            if version:
+                key = digest(key, req_id, version)
+            yield key
+
+    def _write(self, req_id, start, count):
+        rounds = self.rounds.get(req_id)
+        if rounds is not None:
+            versions = [self.version(req_id, p) for p in range(start, start + count)]
+            assert len(set(versions)) <= MAX_VERSIONS
+            for position, version in enumerate(versions, start):
+                first = self.obeyed.setdefault((req_id, position), version)
+                assert first == version, "a row is computed again under another version"
+            self._check_awaited(req_id, rounds, start + count - 1)
+        super()._write(req_id, start, count)
+
+    def _check_awaited(self, req_id, rounds, last):
+        found = rounds.round(len(self.starts[req_id]))
+        if found is not None and found.start is not None:
+            assert last < found.start, "a row is computed before its version is known"
+
+
+class RoundWorker(Rounds, Worker):
+    pass
+
+
+class RoundWorkerV2(Rounds, WorkerV2):
+    pass
+
+
+class RoundWorld(World):
+    """A world whose requests may ask for rounds."""
+
+    def __init__(self, vllm_config, num_blocks, block_size, depth, v2=False):
+        super().__init__(vllm_config, num_blocks, block_size, depth, v2)
+        max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self.worker = (
+            RoundWorkerV2(block_size, max_num_reqs) if v2 else RoundWorker(block_size)
+        )
+
+    def add(self, request_id, rounds=None, **asked):
+        if rounds is not None:
+            asked["extra_args"] = {ROUNDS: rounds.to_wire()}
+            self.worker.rounds[request_id] = rounds
+        super().add(request_id, **asked)
+
+    def step(self):
+        worked = super().step()
+        return worked or self.worker.cost[-1][0] > 0

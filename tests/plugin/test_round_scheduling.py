@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random worlds: rows wait for their versions, and blocks keep them apart."""
+
+import random
+
+import pytest
+
+from moe_tta.rounds import RequestRounds, Schedule, Work
+from tests.plugin.round_world import RoundWorld
+from tests.plugin.test_lockstep import draw, expected, live, make_world
+
+NUM_WORLDS = 60
+BUDGET = 40
+ADAPTER = {"additional_config": {"moe_tta": {"adapter": {"budget": BUDGET}}}}
+
+
+def draw_schedule(rng, prompt_len):
+    if rng.random() < 0.3:
+        pairs, context = [], prompt_len
+        for _ in range(rng.randrange(1, 4)):
+            least = max(context - 1, pairs[-1][1] if pairs else 0)
+            pairs.append((context, least + rng.randrange(4)))
+            context += rng.randrange(1, 9)
+        return Schedule(0, replay=tuple(pairs))
+    return Schedule(rng.choice([0, 2, 3, 8]), rng.choice(["wait", "wait", "overlap"]))
+
+
+def draw_adapted(rng, longest, prefixes):
+    """Return a request as `draw` does, half of those without a partner with rounds.
+
+    `prompt_tokens` may end the prompt earlier for the plans: then rows of several
+    versions lie in what vLLM takes for the prompt.
+    """
+    asked = draw(rng, longest, prefixes)
+    if rng.random() < 0.5:
+        asked["pair"] = None
+    if asked["pair"] is None and rng.random() < 0.7:
+        length = len(asked["prompt"])
+        prompt_len = rng.choice([length, length, rng.randrange(1, length + 1)])
+        passes = tuple(rng.choice([1, 2]) for _ in range(rng.randrange(1, 4)))
+        work = Work("pretended", {"x": 1}, passes, rng.choice([0, 5]))
+        schedule = draw_schedule(rng, prompt_len)
+        asked["rounds"] = RequestRounds(work, schedule, prompt_len, longest - 4)
+    return asked
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("depth", [1, 2], ids=["plain", "async"])
+def test_random_worlds(tiny_models, depth, v2):
+    recomputed = rounds = 0
+    for seed in range(NUM_WORLDS):
+        rng = random.Random(seed)
+        model = tiny_models("mixtral")
+        world, longest = make_world(rng, model, depth, v2, RoundWorld, **ADAPTER)
+        preempt = world.scheduler._preempt_request
+
+        def counted(request, *args, world=world, preempt=preempt, **kwargs):
+            nonlocal recomputed
+            recomputed += bool(world.worker.starts[request.request_id])
+            return preempt(request, *args, **kwargs)
+
+        world.scheduler._preempt_request = counted
+        todo = live(rng, world, longest, draw_adapted)
+        check_texts(world, todo, seed)
+        rounds += check_rounds(world, todo, seed)
+        check_empty(world)
+        check_budget(world, todo)
+    assert recomputed > NUM_WORLDS
+    assert rounds > 10 * NUM_WORLDS
+
+
+def check_texts(world, todo, seed):
+    for request_id, asked in todo.items():
+        want, got = expected(request_id, asked), world.answers[request_id]
+        if world.ended[request_id] == "aborted":
+            assert got == want[: len(got)], (seed, request_id)
+        else:
+            assert got == want, (seed, request_id, world.ended[request_id])
+
+
+def check_rounds(world, todo, seed):
+    """Every round whose row was computed has taken place, when nothing overlapped."""
+    total = 0
+    for request_id, asked in todo.items():
+        rounds = asked.get("rounds")
+        starts = world.worker.starts[request_id]
+        total += len(starts)
+        if rounds is None or world.ended[request_id] == "aborted":
+            continue
+        assert starts == sorted(starts)
+        if rounds.schedule.mode == "overlap":
+            continue
+        last_row = len(asked["prompt"]) + len(world.answers[request_id]) - 2
+        number = 0
+        while (found := rounds.round(number)) and found.start <= last_row:
+            assert starts[number] == found.start, (seed, request_id)
+            number += 1
+    return total
+
+
+def check_empty(world):
+    scheduler = world.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    assert scheduler.requests == {}
+    assert len(scheduler.rounds) == 0
+    assert not scheduler.rounds._due
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+def check_budget(world, todo):
+    """Beside rows, the adapter never reads more than its budget and a unit's rest."""
+    rounds = [asked["rounds"] for asked in todo.values() if "rounds" in asked]
+    dearest = max((r.work.cost(0, r.max_context) * 2 for r in rounds), default=0)
+    busy = [spent for spent, rows in world.worker.cost if rows]
+    assert sum(busy) <= BUDGET * len(busy)
+    assert max(busy, default=0) <= BUDGET + dearest

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter of a worker: built when the model has been loaded, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from moe_tta.adapter import AdapterError, AdapterModel
+from moe_tta.remix.checkpoint import find_checkpoint
+from moe_tta.remix.errors import StoreError
+from moe_tta.vllm_plugin import compat
+from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
+from moe_tta.vllm_plugin.reroute_service import RerouteService
+
+if TYPE_CHECKING:
+    from moe_tta.vllm_plugin.services import Service
+
+logger = compat.get_logger(__name__)
+
+# by `Work.service`; all of them share one model
+SERVICES: dict[str, Callable[[AdapterModel], Service]] = {"reroute": RerouteService}
+
+
+def load_services(vllm_config: Any, model: Any) -> dict[str, Service]:
+    """Build the adapter on a loaded model, and every service on it.
+
+    Args:
+        vllm_config: The engine's configuration.
+        model: vLLM's loaded module.
+
+    Raises:
+        UnsupportedModelError: no gradient passes this model or set-up.
+    """
+    try:
+        adapter = _load(vllm_config, model)
+    except (AdapterError, StoreError) as err:
+        raise UnsupportedModelError.because(
+            f"the setting adapter is on, and {str(err).rstrip('.')}; leave it out"
+        ) from err
+    logger.info("moe-tta's adapter reads the model's weights on %s", adapter.device)
+    return {name: make(adapter) for name, make in SERVICES.items()}
+
+
+def _load(vllm_config: Any, model: Any) -> AdapterModel:
+    config = vllm_config.model_config
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise AdapterError("tensor parallelism gives each GPU a part of every matrix")
+    if config.quantization is not None:
+        raise AdapterError(f"its weights are quantised ({config.quantization})")
+    if vllm_config.device_config.device_type != "cpu":
+        logger.warning("moe-tta's adapter has not been run on a GPU by its authors")
+        return AdapterModel.from_served(
+            config.hf_text_config, dict(model.named_parameters())
+        )
+    # vLLM repacks and frees weights on CPU: the files hold the same numbers
+    return AdapterModel.from_checkpoint(
+        find_checkpoint(config.model, config.revision), config.dtype
+    )

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scheduler tells the worker to do for rounds, before a step's forward pass.
+
+Orders travel on the step's `SchedulerOutput` and are obeyed one after another. The
+scheduler knows what every unit of work costs, so it needs no answer to go on: after
+`End` is sent, rows from its `start` on may be scheduled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+ROUNDS = "moe_tta_rounds"  # key of a request's rounds in `extra_args`
+ORDERS = "moe_tta_orders"  # attribute of a step's `SchedulerOutput`
+REPORTS = "moe_tta_reports"  # attribute of a step's `ModelRunnerOutput`
+
+
+class Begin(NamedTuple):
+    """Start a round's job; no unit of it is done yet."""
+
+    request_id: str
+    number: int
+    service: str
+    arguments: Mapping[str, Any]
+    tokens: list[int]  # the round's context
+    prompt_len: int  # where the request's prompt ends for its plans
+
+
+class Advance(NamedTuple):
+    """Do the next unit of the request's job."""
+
+    request_id: str
+
+
+class End(NamedTuple):
+    """The job is done: what it found holds for the request's rows from `start`."""
+
+    request_id: str
+    start: int
+
+
+Order = Begin | Advance | End

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rounds are due, whose turn it is, and which rows may be computed before."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_tta.rounds import RequestRounds, Round
+from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Order
+
+
+@dataclass(eq=False)
+class _Progress:
+    """How far a request's rounds have come.
+
+    Attributes:
+        request: vLLM's `Request`.
+        rounds: Its rounds.
+        number: Of the next round, or of the one that is due or running.
+        starts: First rows of the versions that exist.
+        handed: Rows 0 .. handed - 1 have been given to the worker at some time.
+        due: Whether the next round stands in the queue.
+    """
+
+    request: Any
+    rounds: RequestRounds
+    number: int = 0
+    starts: list[int] = field(default_factory=list)
+    handed: int = 0
+    due: bool = False
+
+    @property
+    def next(self) -> Round | None:
+        return self.rounds.round(self.number)
+
+    @property
+    def awaited(self) -> int | None:
+        """The first row that must not be computed yet."""
+        found = self.next
+        return None if found is None else found.start
+
+
+class RoundQueue:
+    """The rounds of all requests of a scheduler, first due, first served.
+
+    One job runs at a time, so that the adapter's memory is that of one.
+
+    Args:
+        budget: Tokens of adapter work a step, on average.
+    """
+
+    def __init__(self, budget: int):
+        self._budget = budget
+        self._credit = 0
+        self._of: dict[str, _Progress] = {}
+        self._due: deque[_Progress] = deque()
+        self._unit = 0  # units done of the first in line
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def add(self, request: Any, rounds: RequestRounds) -> None:
+        """Remember a request and its rounds."""
+        self._of[request.request_id] = _Progress(request, rounds)
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request; the worker drops its job when told that it ended."""
+        progress = self._of.pop(request_id, None)
+        if progress is None or not progress.due:
+            return
+        if self._due[0] is progress:
+            self._unit = 0
+        self._due.remove(progress)
+
+    def holds_back(self, request: Any) -> bool:
+        """Whether a request that waits has rows among its known ones that must wait."""
+        progress = self._of.get(request.request_id)
+        awaited = None if progress is None else progress.awaited
+        return awaited is not None and awaited < request.num_tokens
+
+    def limit(self, request_id: str, first: int, count: int) -> int:
+        """Return how many of `count` rows from position `first` may be computed.
+
+        No row before its version is known, and rows of two versions at most, which is
+        what bounds the plans of a step.
+        """
+        progress = self._of.get(request_id)
+        if progress is None:
+            return count
+        end, awaited = first + count, progress.awaited
+        if awaited is not None:
+            end = min(end, max(awaited, first))
+        inside = sorted({s for s in progress.starts if first < s < end})
+        return (inside[1] if len(inside) > 1 else end) - first
+
+    def note_handed(self) -> None:
+        """Take in how many rows have been given to the worker by now."""
+        for progress in self._of.values():
+            computed = progress.request.num_computed_tokens
+            progress.handed = max(progress.handed, computed)
+
+    def orders(self, idle: bool) -> list[Order]:
+        """Return what the worker shall do before the step.
+
+        Args:
+            idle: Whether the step computes no row: then the first unit in line is done
+                whatever it costs.
+        """
+        self._collect_due()
+        if self._due:
+            self._credit += self._budget
+        given: list[Order] = []
+        while self._due:
+            progress = self._due[0]
+            cost = progress.rounds.work.cost(self._unit, progress.next.context)
+            if cost > self._credit and not idle:
+                return given
+            idle = False
+            self._credit = max(self._credit - cost, 0)
+            given += self._do_unit(progress)
+        self._credit = 0
+        return given
+
+    def _collect_due(self) -> None:
+        for progress in self._of.values():
+            if progress.due or progress.next is None:
+                continue
+            if progress.request.num_tokens >= progress.next.context:
+                progress.due = True
+                self._due.append(progress)
+
+    def _do_unit(self, progress: _Progress) -> Iterator[Order]:
+        request, work = progress.request, progress.rounds.work
+        context, start = progress.next
+        if self._unit == 0:
+            yield Begin(
+                request.request_id,
+                progress.number,
+                work.service,
+                work.arguments,
+                list(request.all_token_ids[:context]),
+                progress.rounds.prompt_len,
+            )
+        yield Advance(request.request_id)
+        self._unit += 1
+        if self._unit < len(work.passes):
+            return
+        if start is None:
+            start = max(progress.handed, context - 1)
+        yield End(request.request_id, start)
+        self._due.popleft()
+        self._unit = 0
+        progress.starts.append(start)
+        progress.number += 1
+        progress.due = False

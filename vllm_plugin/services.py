@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The protocol of what does the work of rounds in a worker.
+
+A service is named in `adapter_loading.SERVICES`, is made once, when the model has been
+loaded, and makes a job for each round.
+The scheduler hands a job its units, in order and exactly as many as `Work.passes` has;
+between two units other requests may be served. What a job may not do is keep anything
+running between units, change the model, or look at another request. What it raises ends
+its round, not the engine: the request goes on with the plan that it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from moe_tta.plan_edit import PlanEdit
+
+
+class Result(NamedTuple):
+    """What a job found.
+
+    Attributes:
+        outcome: `adapted`, or why not, in a few words.
+        edit: The change of the request's own plans; `None` keeps the version before.
+        facts: What the report tells beside, plain types.
+    """
+
+    outcome: str
+    edit: PlanEdit | None
+    facts: dict[str, Any]
+
+
+class Job(Protocol):
+    """One round of one request."""
+
+    def advance(self) -> None:
+        """Do the next unit."""
+
+    def result(self) -> Result:
+        """Return what was found, after the last unit."""
+
+
+class Service(Protocol):
+    """Makes the jobs of one strategy."""
+
+    def begin(
+        self,
+        tokens: Sequence[int],
+        arguments: Mapping[str, Any],
+        edit: PlanEdit | None,
+    ) -> Job:
+        """Return the job of a round.
+
+        Args:
+            tokens: The request's text, as far as the round reads.
+            arguments: The strategy's `Work.arguments`.
+            edit: The one in force, of the request's last round.
+        """
