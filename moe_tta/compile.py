@@ -169,7 +169,7 @@ def compile_request(spec: RequestSpec, context: PlanContext) -> CompiledRequest:
         RequestError: the model's routers cannot honour the request.
     """
     compiled = _compile_stream(spec, context)
-    if spec.rounds is not None:
+    if spec.adapting is not None:
         return replace(compiled, rounds=_ask_rounds(spec, context))
     if spec.pair is None:
         return compiled
@@ -181,13 +181,15 @@ def compile_request(spec: RequestSpec, context: PlanContext) -> CompiledRequest:
     return replace(compiled, pair=CompiledPair(combination, numbers, weak))
 
 
-def _ask_rounds(spec: RequestSpec, context: PlanContext) -> AskedRounds:
-    name, params = spec.rounds.name, spec.rounds.params
+def _ask_rounds(spec: RequestSpec, context: PlanContext) -> AskedRounds | None:
+    name = spec.adapting
     try:
-        work = ROUNDS[name].work(params, context)
+        if spec.rounds is None:
+            return STRATEGIES[name].rounds(spec.members[name], context)
+        params = spec.rounds.params
+        return AskedRounds(ROUNDS[name].work(params, context), params.schedule)
     except RequestError as err:
         raise err.under(f"{spec.root}.{name}") from err
-    return AskedRounds(work, params.schedule)
 
 
 def _compile_stream(spec: RequestSpec, context: PlanContext) -> CompiledRequest:

@@ -43,6 +43,14 @@ class RequestSpec:
     pair: PairSpec | None = None
     rounds: RoundSpec | None = None
 
+    @property
+    def adapting(self) -> str | None:
+        """Name of the member that is computed in rounds, if the request has one."""
+        if self.rounds is not None:
+            return self.rounds.name
+        names = [name for name, params in self.members.items() if params.in_rounds()]
+        return names[0] if names else None
+
 
 @dataclass(frozen=True)
 class RoundSpec:
@@ -99,6 +107,11 @@ def from_tree(tree: Any) -> RequestSpec:
     rounds = _rounds_of(given)
     if not pairs:
         spec = _plan_spec(given, PARAMETER)
+        if rounds is not None and spec.adapting is not None:
+            raise RequestError(
+                f"expected not beside {rounds.name}: one of them can change the plan",
+                f"{PARAMETER}.{spec.adapting}",
+            )
         return replace(spec, prompt_tokens=given.prompt_tokens, rounds=rounds)
     name, *others = pairs
     if given.prompt_tokens is not None:
@@ -123,7 +136,14 @@ def from_tree(tree: Any) -> RequestSpec:
     strong = _plan_spec(
         _validated(_PlanObject, params.strong, f"{root}.strong"), f"{root}.strong"
     )
-    return replace(strong, pair=_pair_spec(name, params, f"{root}.weak"))
+    pair = _pair_spec(name, params, f"{root}.weak")
+    for stream in (strong, pair.weak):
+        if stream.adapting is not None:
+            raise RequestError(
+                f"expected not in {name}, whose streams keep their plans",
+                f"{stream.root}.{stream.adapting}",
+            )
+    return replace(strong, pair=pair)
 
 
 def _rounds_of(given: Any) -> RoundSpec | None:

@@ -55,7 +55,12 @@ class Admission:
         self.context = None
         if self.shape is not None:
             stores = open_stores(self.settings, vllm_config, self.shape)
-            self.context = PlanContext(self.shape, self._load_artefacts(), stores)
+            self.context = PlanContext(
+                self.shape,
+                self._load_artefacts(),
+                stores,
+                adapter=self.settings.adapter,
+            )
             self._check_registered()
 
     def _load_artefacts(self) -> dict[str, Artefact]:
@@ -170,11 +175,11 @@ class Admission:
             if reason is not None:
                 count_refused(self.vllm_config)
                 raise RequestError(reason, f"{PARAMETER}.{spec.pair.name}")
-        if spec.rounds is not None:
+        if spec.adapting is not None:
             enabled = self.settings.adapter is not None
             reason = round_limits.engine_reason(self.vllm_config, enabled)
             if reason is not None:
-                raise RequestError(reason, f"{PARAMETER}.{spec.rounds.name}")
+                raise RequestError(reason, f"{PARAMETER}.{spec.adapting}")
         return compile_or_defer(spec, self.context)
 
     def without_object(self, params: Any) -> Any:
@@ -195,14 +200,14 @@ class Admission:
         self,
         request: Any,
         asked: CompiledRequest | DeferredRequest | None,
-        decode: Callable[[Sequence[int]], str],
+        read: Callable[[Sequence[int] | None], Prompt],
     ) -> None:
         """Put the compiled plans on an engine request, and its cache salt.
 
         Args:
             request: vLLM's engine request, changed.
             asked: What `compile` returned.
-            decode: Turns the prompt's tokens into text, for plans that need it.
+            read: Makes a prompt of its tokens, for plans that need it.
 
         Raises:
             VLLMValidationError: the client's own salt imitates ours, or the request
@@ -211,7 +216,7 @@ class Admission:
         own_salt = request.cache_salt
         try:
             check_client_salt(own_salt)
-            compiled = self._for_prompt(asked, request, decode)
+            compiled = self._for_prompt(asked, request, read)
         except RequestError as err:
             raise compat.request_error(err) from None
         pair = None if compiled is None else compiled.pair
@@ -240,11 +245,10 @@ class Admission:
         self,
         asked: CompiledRequest | DeferredRequest | None,
         request: Any,
-        decode: Callable[[Sequence[int]], str],
+        read: Callable[[Sequence[int] | None], Prompt],
     ) -> CompiledRequest | None:
         if isinstance(asked, DeferredRequest):
-            prompt = Prompt(request.prompt_token_ids, decode)
-            asked = asked.compile(self.context, prompt)
+            asked = asked.compile(self.context, read(request.prompt_token_ids))
         if asked is not None and asked.prompt_tokens is not None:
             asked.check_prompt(prompt_len(request))
         return asked

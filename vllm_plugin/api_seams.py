@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-from moe_tta.errors import RequestError
-from moe_tta.spec import PARAMETER
 from moe_tta.vllm_plugin.compat import wrap
 
 
@@ -17,9 +14,11 @@ def init_admission(original: Callable) -> Callable:
 
     def init(self, vllm_config, *args, **kwargs):
         from moe_tta.vllm_plugin.admission import Admission
+        from moe_tta.vllm_plugin.texts import PromptReader
 
         original(self, vllm_config, *args, **kwargs)
         self.moe_tta = Admission(vllm_config)
+        self.moe_tta_reader = PromptReader(self)
 
     return init
 
@@ -33,16 +32,10 @@ def admit(original: Callable) -> Callable:
         plan = compiled_aside.get() or self.moe_tta.compile(params, resumable)
         params = self.moe_tta.without_object(params)
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        self.moe_tta.attach(request, plan, lambda ids: _decode(self, ids))
+        self.moe_tta.attach(request, plan, self.moe_tta_reader)
         return request
 
     return process_inputs
-
-
-def _decode(processor: Any, token_ids: Sequence[int]) -> str:
-    if processor.tokenizer is None:
-        raise RequestError("this engine has no tokenizer", PARAMETER)
-    return processor.tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def refuse_unadmitted(original: Callable) -> Callable:
@@ -85,7 +78,7 @@ def init_server(original: Callable) -> Callable:
 
         original(self, *args, **kwargs)
         processor = self.input_processor
-        self.moe_tta_aside = Aside(processor.moe_tta, partial(_decode, processor))
+        self.moe_tta_aside = Aside(processor.moe_tta, processor.moe_tta_reader)
         _name_model(self)
         for body in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
             body.moe_tta = processor.moe_tta

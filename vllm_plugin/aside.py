@@ -8,19 +8,19 @@ nobody. One thread does it: tokenizers cannot be shared between threads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from moe_tta.deferred import DeferredRequest
 from moe_tta.errors import RequestError
-from moe_tta.strategies import Prompt
 from moe_tta.vllm_plugin import compat
 
 if TYPE_CHECKING:
     from moe_tta.compile import CompiledRequest
     from moe_tta.vllm_plugin.admission import Admission
+    from moe_tta.vllm_plugin.texts import PromptReader
 
 # of the request that this task is adding
 compiled_aside: ContextVar[CompiledRequest | None] = ContextVar(
@@ -33,12 +33,12 @@ class Aside:
 
     Args:
         admission: Of the server.
-        decode: Turns a prompt's tokens into text.
+        read: Makes a prompt of its tokens.
     """
 
-    def __init__(self, admission: Admission, decode: Callable[[Sequence[int]], str]):
+    def __init__(self, admission: Admission, read: PromptReader):
         self._admission = admission
-        self._decode = decode
+        self._read = read
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="moe-tta-aside")
 
     async def compile(self, prompt: Any, params: Any) -> CompiledRequest | None:
@@ -57,10 +57,10 @@ class Aside:
         asked = self._admission.compile(params, resumable=False)
         if not isinstance(asked, DeferredRequest):
             return None
-        read = Prompt(token_ids, self._decode)
+        whole = self._read(token_ids)
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                self._thread, asked.compile, self._admission.context, read
+                self._thread, asked.compile, self._admission.context, whole
             )
         except RequestError as err:
             raise compat.request_error(err) from None

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from moe_tta.plan import RoutingPlan
     from moe_tta.remix.errors import StoreError
     from moe_tta.remix.serving import ServedStore, ServedTokens
+    from moe_tta.rounds import AskedRounds
+    from moe_tta.settings import AdapterSettings
     from moe_tta.shape import RouterShape
 
 
@@ -58,6 +60,14 @@ class StrategyParams(BaseModel):
         """Name the given members that edit experts without a registered artefact."""
         return ()
 
+    def in_rounds(self) -> bool:
+        """Whether a part of the plan is computed in the worker, by `Strategy.rounds`."""
+        return False
+
+
+def _no_tokenizer(text: str) -> Sequence[int]:
+    raise RequestError("this engine has no tokenizer", "")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -66,10 +76,12 @@ class Prompt:
     Attributes:
         token_ids: Its tokens; `None` where the client sent embeddings.
         decode: Turns tokens into text. Raises `RequestError` where the engine cannot.
+        encode: Turns text into tokens, as prompts are; raises like `decode`.
     """
 
     token_ids: Sequence[int] | None
     decode: Callable[[Sequence[int]], str]
+    encode: Callable[[str], Sequence[int]] = _no_tokenizer
 
     @cached_property
     def text(self) -> str:
@@ -93,6 +105,7 @@ class PlanContext:
         stores: The operator's reference stores by name; an error is one that cannot
             be used.
         prompt: The request's prompt, for strategies that read it.
+        adapter: The operator's limits on work in rounds; `None` where there is none.
     """
 
     shape: RouterShape
@@ -101,6 +114,7 @@ class PlanContext:
         default_factory=dict
     )
     prompt: Prompt | None = None
+    adapter: AdapterSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -115,12 +129,15 @@ class Strategy:
         check: Of a strategy whose plan depends on the prompt: refuses what can be
             refused without one, as `plan` would. Its requests are planned anew for
             each prompt.
+        rounds: Of a strategy whose parameters may say `in_rounds`: what the worker
+            then does for a request, or `None` if this prompt needs nothing.
     """
 
     name: str
     params: type[StrategyParams]
     plan: Callable[[Any, PlanContext], RoutingPlan]
     check: Callable[[Any, PlanContext], None] | None = None
+    rounds: Callable[[Any, PlanContext], AskedRounds | None] | None = None
 
 
 class PairParams(BaseModel):

@@ -19,11 +19,15 @@ Layer = Annotated[int, BeforeValidator(layer_key)]
 Numbers = Annotated[tuple[float, ...], Strict(False), Field(min_length=1)]
 Cosine = Annotated[float, Field(ge=-1, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, le=100)]
 
 LOOK_UP = (
     *("k", "radius", "kernel", "bandwidth", "floor", "ceiling"),
     *("confidence", "update", "query", "vector"),
 )
+DESCENT = ("steps", "lr", "lr_end", "core")
+SEARCHED = ("search_alpha", "ngd")  # on the neighbours' loss, by the adapter
+MAX_STEPS = 64
 
 
 class RemixParams(StrategyParams):
@@ -43,7 +47,14 @@ class RemixParams(StrategyParams):
             is left out.
         alpha: Share that the token's own distribution keeps.
         confidence: Give the neighbours their mean similarity as share instead.
-        update: What is made of the neighbours' pathways.
+        update: What is made of the neighbours: the mean of their pathways, the best
+            point between it and the token's own distribution, or the end of a gradient
+            descent from there; the last two by the neighbours' loss, which needs the
+            operator's setting `adapter`.
+        steps: Of the descent.
+        lr: Its first learning rate.
+        lr_end: What a cosine lets it fall to.
+        core: Experts of each layer that the descent may use.
         query: Text to look up; default the prompt.
         vector: The query's embedding, instead of a text.
         distribution: By layer, the distribution over experts to use, instead of a
@@ -62,7 +73,13 @@ class RemixParams(StrategyParams):
     ceiling: Cosine = 1.0
     alpha: Share | None = None
     confidence: bool = False
-    update: Literal["kernel_regression", "mode"] = "kernel_regression"
+    update: Literal["kernel_regression", "search_alpha", "ngd", "mode"] = (
+        "kernel_regression"
+    )
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 10
+    lr: Rate = 1e-2
+    lr_end: Rate = 1e-5
+    core: Annotated[int, Field(ge=1)] = 20
     query: Annotated[str, Field(min_length=1, max_length=MAX_QUERY_CHARS)] | None = None
     vector: Numbers | None = None
     distribution: dict[Layer, Numbers] | None = None
@@ -76,7 +93,7 @@ class RemixParams(StrategyParams):
         for one, other in (
             ("query", "vector"),
             ("alpha", "confidence"),
-            *(("distribution", name) for name in (*LOOK_UP, "layers")),
+            *(("distribution", name) for name in (*LOOK_UP, *DESCENT, "layers")),
         ):
             if one in given and other in given:
                 raise PydanticCustomError(
@@ -84,7 +101,24 @@ class RemixParams(StrategyParams):
                     "expected {one} or {other}, not both",
                     {"one": one, "other": other},
                 )
+        if self.in_rounds():
+            fixed = {"alpha", "confidence"} & given
+            if fixed:
+                raise PydanticCustomError(
+                    "searched",
+                    "expected without {name}: {update} finds the share itself",
+                    {"name": min(fixed), "update": self.update},
+                )
+        for name in DESCENT:
+            if name in given and self.update != "ngd":
+                raise PydanticCustomError(
+                    "descent", "expected {name} with update ngd only", {"name": name}
+                )
         return self
+
+    def in_rounds(self) -> bool:
+        """Whether the worker finds the distribution."""
+        return self.update in SEARCHED
 
     def inline_edits(self) -> tuple[str, ...]:
         """Name the given members that edit experts without the operator's store."""
