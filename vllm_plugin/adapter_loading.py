@@ -11,6 +11,7 @@ from moe_tta.remix.checkpoint import find_checkpoint
 from moe_tta.remix.errors import StoreError
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
+from moe_tta.vllm_plugin.remix_service import RemixService
 from moe_tta.vllm_plugin.reroute_service import RerouteService
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 logger = compat.get_logger(__name__)
 
 # by `Work.service`; all of them share one model
-SERVICES: dict[str, Callable[[AdapterModel], Service]] = {"reroute": RerouteService}
+SERVICES: dict[str, Callable[[AdapterModel], Service]] = {
+    "remix": RemixService,
+    "reroute": RerouteService,
+}
 
 
 def load_services(vllm_config: Any, model: Any) -> dict[str, Service]:

@@ -61,7 +61,7 @@ class StrategyParams(BaseModel):
         return ()
 
     def in_rounds(self) -> bool:
-        """Whether a part of the plan is computed in the worker, by `Strategy.rounds`."""
+        """Whether the worker computes a part of the plan, by `Strategy.rounds`."""
         return False
 
 

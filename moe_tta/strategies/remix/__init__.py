@@ -3,6 +3,7 @@
 
 from moe_tta.strategies.base import Strategy
 from moe_tta.strategies.remix.params import RemixParams
+from moe_tta.strategies.remix.rounds import rounds
 from moe_tta.strategies.remix.strategy import check, plan
 
-REMIX = Strategy("remix", RemixParams, plan, check)
+REMIX = Strategy("remix", RemixParams, plan, check, rounds)

@@ -9,13 +9,14 @@ from moe_tta.errors import RequestError
 from moe_tta.remix import updates
 from moe_tta.remix.errors import StoreError
 from moe_tta.remix.labelled import read_labelled, to_arguments
+from moe_tta.remix.serving import ServedStore
 from moe_tta.rounds import AskedRounds, Schedule, Work
 from moe_tta.spans import span_segments
 from moe_tta.strategies.base import PlanContext
+from moe_tta.strategies.operator_stores import store_named
 from moe_tta.strategies.remix.neighbours import borrow, covered_layers
 
 if TYPE_CHECKING:
-    from moe_tta.remix.labelled import Labelled
     from moe_tta.strategies.remix.params import RemixParams
 
 # one pass over the prompt and the neighbours, then the search, which reads only the
@@ -35,9 +36,9 @@ def rounds(params: RemixParams, context: PlanContext) -> AskedRounds | None:
     found = borrow(params, context)
     if found is None:
         return None
-    served, neighbours = found
+    store = store_named(params.store, context, ServedStore).store
     try:
-        labelled = read_labelled(served.store, neighbours, context.prompt.encode)
+        labelled = read_labelled(store, found, context.prompt.encode)
     except StoreError as err:
         raise RequestError(str(err), "store", params.store) from err
     tokens = sum(one.tokens for one in labelled)
@@ -52,20 +53,16 @@ def rounds(params: RemixParams, context: PlanContext) -> AskedRounds | None:
         "neighbours": to_arguments(labelled),
         "segments": list(span_segments(params.span)),
         "update": params.update,
-        **_OF_UPDATE[params.update](params, neighbours, labelled),
+        **_OF_UPDATE[params.update](params, found),
     }
     return AskedRounds(Work("remix", arguments, PASSES, tokens), Schedule(every=0))
 
 
-def _descent(
-    params: RemixParams, found: updates.Borrowed, labelled: list[Labelled]
-) -> dict[str, Any]:
+def _descent(params: RemixParams, found: updates.Borrowed) -> dict[str, Any]:
     return {"descent": params.model_dump(include={"steps", "lr", "lr_end", "core"})}
 
 
-def _line(
-    params: RemixParams, found: updates.Borrowed, labelled: list[Labelled]
-) -> dict[str, Any]:
+def _line(params: RemixParams, found: updates.Borrowed) -> dict[str, Any]:
     return {"borrowed": updates.regress(found).tolist()}
 
 

@@ -10,24 +10,16 @@ import numpy as np
 from moe_tta.errors import RequestError
 from moe_tta.plan import RoutingPlan
 from moe_tta.remix import updates
-from moe_tta.remix.embed import unit
-from moe_tta.remix.errors import StoreError
-from moe_tta.remix.lookup import (
-    DEFAULT_K,
-    MAX_NEIGHBOURS,
-    LookUp,
-    find_neighbours,
-    read_pathways,
-)
+from moe_tta.remix.lookup import MAX_NEIGHBOURS
 from moe_tta.remix.serving import ServedStore
 from moe_tta.strategies.base import PlanContext, as_ranges
-from moe_tta.strategies.operator_stores import held_layers, store_named
+from moe_tta.strategies.operator_stores import store_named
+from moe_tta.strategies.remix.neighbours import borrow, covered_layers, from_vector
 
 if TYPE_CHECKING:
     from moe_tta.shape import RouterShape
     from moe_tta.strategies.remix.params import RemixParams
 
-LAST_LAYERS = 5  # C3PO, arXiv 2504.07964: the last five MoE layers
 SUM_ERROR = 1e-3  # what plans accept
 
 
@@ -59,9 +51,9 @@ def check(params: RemixParams, context: PlanContext) -> None:
     most = min(MAX_NEIGHBOURS, len(served.store))
     if params.k is not None and params.k > most:
         raise RequestError(f"expected 1..{most}, got {params.k}", "k", params.k)
-    _covered(params, context.shape, served)
+    covered_layers(params, context)
     if params.vector is not None:
-        _from_vector(params, served)
+        from_vector(params, served)
     elif served.embedder is None:
         raise RequestError(
             "is missing: this store's embeddings are the model's hidden states, which "
@@ -83,17 +75,12 @@ def plan(params: RemixParams, context: PlanContext) -> RoutingPlan:
     if params.distribution is not None:
         target = _given(params, context.shape)
         return _blend(target, 1.0 - (params.alpha or 0.0))
-    served = store_named(params.store, context, ServedStore)
-    query = _query(params, served, context)
-    covered = _covered(params, context.shape, served)
-    layers = [n for n, ours in zip(context.shape.layers, covered, strict=True) if ours]
-    try:
-        found = find_neighbours(served.store, query, look_up(params))
-        if found is None:
-            return RoutingPlan()
-        found = read_pathways(served.store, found, layers)
-    except StoreError as err:
-        raise RequestError(str(err), "store", params.store) from err
+    # what is searched for on the neighbours' loss comes from the worker, by `rounds`
+    found = None if params.in_rounds() else borrow(params, context)
+    if found is None:
+        return RoutingPlan()
+    layers = covered_layers(params, context)
+    covered = np.isin(context.shape.layers, layers)
     target = np.zeros((len(covered), context.shape.num_experts), np.float32)
     target[covered] = updates.regress(found)
     share = 1.0 - (params.alpha or 0.0)
@@ -102,64 +89,12 @@ def plan(params: RemixParams, context: PlanContext) -> RoutingPlan:
     return _blend(target, share)
 
 
-def look_up(params: RemixParams) -> LookUp:
-    """Return the look-up that the parameters ask for."""
-    k = params.k or (DEFAULT_K if params.radius is None else MAX_NEIGHBOURS)
-    return LookUp(
-        k=k,
-        radius=params.radius,
-        kernel=params.kernel,
-        bandwidth=params.bandwidth,
-        floor=params.floor,
-        ceiling=params.ceiling,
-    )
-
-
 def _blend(target: np.ndarray, share: float) -> RoutingPlan:
     """Return the plan that gives `target` [L, E] a share in the rows it fills."""
     filled = target.any(axis=1)
     return RoutingPlan(
         target=target, mix=np.where(filled, share, 0.0).astype(np.float32)
     )
-
-
-def _covered(
-    params: RemixParams, shape: RouterShape, served: ServedStore
-) -> np.ndarray:
-    """Return bool [L]: the layers to change, all held by the store."""
-    covered = held_layers(params.layers, shape, served.store.card.layers)
-    if params.layers is None:
-        covered &= np.cumsum(covered[::-1])[::-1] <= LAST_LAYERS
-    return covered
-
-
-def _query(
-    params: RemixParams, served: ServedStore, context: PlanContext
-) -> np.ndarray:
-    """Return the query's unit embedding [D] float32."""
-    if params.vector is not None:
-        return _from_vector(params, served)
-    if params.query is not None:
-        return served.query(params.query)
-    try:
-        text = context.prompt.text
-    except RequestError as err:
-        raise RequestError(f"{err.message}: give query or vector", "query") from err
-    if not text.strip():
-        raise RequestError("the prompt has no text: give query or vector", "query")
-    return served.query(text)
-
-
-def _from_vector(params: RemixParams, served: ServedStore) -> np.ndarray:
-    dim = served.store.card.embedder.dim
-    if len(params.vector) != dim:
-        raise RequestError(
-            f"expected {dim} numbers, got {len(params.vector)}", "vector"
-        )
-    try:
-        return unit(np.array(params.vector))[0]
-    except ValueError:
-        raise RequestError("expected a vector that is not zero", "vector") from None
 
 
 def _given(params: RemixParams, shape: RouterShape) -> np.ndarray:
