@@ -11,7 +11,7 @@ from benchmarks.demo.store import NAME
 from benchmarks.demo.traces import Routing
 from moe_tta.client import Request
 from moe_tta.shape import RouterShape
-from moe_tta.strategies.remix.strategy import LAST_LAYERS
+from moe_tta.strategies.remix.neighbours import LAST_LAYERS
 
 K_MAX = 4
 PRESET = "thrifty"
