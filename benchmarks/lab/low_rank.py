@@ -3,7 +3,7 @@
 
 All experts of a layer share the dense matrices, so those are multiplied once per
 token; each expert adds its low-rank difference. This is the function that the built
-Mixtral computes; at rank 7 and top-2 it takes 27 % more multiplications than the dense
+MoE computes; at rank 7 and top-2 it takes 27 % more multiplications than the dense
 FFN.
 """
 
@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from moe_tta.lab import differences
 
@@ -48,7 +48,7 @@ def moe_ffn(
     factors: dict[str, torch.Tensor],
     top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The FFN of a Mixtral layer and its load-balance loss.
+    """The FFN of an MoE layer and its load-balance loss.
 
     Args:
         x: [tokens, hidden_size].
@@ -116,7 +116,7 @@ class LowRankMoE(nn.Module):
 
 
 def upcycle(
-    model: LlamaForCausalLM, num_experts: int, rank: int, share: bool
+    model: PreTrainedModel, num_experts: int, rank: int, share: bool
 ) -> list[LowRankMoE]:
     """Replaces every FFN of a dense model, in place, and freezes the rest.
 
