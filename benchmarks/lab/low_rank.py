@@ -8,6 +8,8 @@ FFN.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -84,12 +86,16 @@ def moe_ffn(
 
 
 class LowRankMoE(nn.Module):
-    """Replaces a dense FFN; ``balance`` holds the last call's load-balance loss."""
+    """Replaces a dense FFN; ``balance`` holds the last call's load-balance loss.
+
+    With ``dense_only`` it computes the dense FFN.
+    """
 
     ffn = staticmethod(moe_ffn)
 
     def __init__(self, mlp: nn.Module, num_experts: int, rank: int, share: bool):
         super().__init__()
+        self.dense_only = False
         names = differences.MATRICES
         self.dense = {n: getattr(mlp, f"{n}_proj").weight.detach() for n in names}
         hidden = self.dense["gate"].shape[1]
@@ -108,6 +114,9 @@ class LowRankMoE(nn.Module):
             self.factors[f"{name}_right"] = nn.Parameter(right)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.dense_only:
+            gate, up = (F.linear(x, self.dense[name]) for name in ("gate", "up"))
+            return F.linear(F.silu(gate) * up, self.dense["down"])
         factors = {n.replace("_", "."): f for n, f in self.factors.items()}
         out, self.balance = self.ffn(
             x.flatten(0, 1), self.router, self.dense, factors, 2
@@ -131,6 +140,18 @@ def upcycle(
         layer.mlp = block.to(model.device)
         blocks.append(layer.mlp)
     return blocks
+
+
+@contextmanager
+def as_dense(blocks: list[LowRankMoE]) -> Iterator[None]:
+    """Within the context the model is the dense one."""
+    for block in blocks:
+        block.dense_only = True
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.dense_only = False
 
 
 @torch.no_grad()
