@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asks a dense model and its MoE for GSM8K and HumanEval, and judges the answers.
 
-    python -m benchmarks.lab.skills ask --dense DENSE --moe MOE --data DATA --out TEXTS
+    python -m benchmarks.lab.skills ask --dense DENSE --data DATA --out TEXTS
+        [--moe MOE] [--engine vllm]
     python -m benchmarks.lab.skills judge --data DATA --out SKILLS TEXTS
 
 DENSE and MOE are checkpoint folders, DATA holds gsm8k/ and humaneval/: docs/quality.md
@@ -13,17 +14,14 @@ import argparse
 import json
 import platform
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.lab.generate import generate
-from benchmarks.lab.routing import routed
 from benchmarks.lab.scoring import bootstrap
+from benchmarks.lab.writers import WRITERS, Write
 from benchmarks.quality.sandbox import run_program
 from benchmarks.quality.tasks import TASKS, load
 from benchmarks.quality.tasks.code import COMPLETION
@@ -46,22 +44,14 @@ def questions(task: Task, folder: Path, limit: int | None) -> list[TextQuestion]
     return found
 
 
-def load_model(folder: Path):
-    """A model in bfloat16 on the GPU where there is one."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def texts_of(model, tokenizer, args: argparse.Namespace) -> dict:
+def texts_of(write: Write, args: argparse.Namespace) -> dict:
     """Texts by task and question, with the seconds each task took."""
     found = {}
     for name in args.tasks:
         task, start = TASKS[name], time.monotonic()
         asked = questions(task, args.data, args.limit)
         prompts = [question.prompt for question in asked]
-        texts = generate(
-            model, tokenizer, prompts, task.stop, args.max_tokens, args.batch
-        )
+        texts = write(prompts, task.stop, args.max_tokens)
         by_id = {q.id: text for q, text in zip(asked, texts, strict=True)}
         found[name] = {"seconds": time.monotonic() - start, "texts": by_id}
     return found
@@ -69,14 +59,15 @@ def texts_of(model, tokenizer, args: argparse.Namespace) -> dict:
 
 def ask(args: argparse.Namespace) -> None:
     """Writes the texts of the dense model, and of the MoE under each routing."""
-    tokenizer = AutoTokenizer.from_pretrained(args.dense)
     runs = [("dense", args.dense, None)]
-    runs += [(f"moe, {routing}", args.moe, routing) for routing in args.routing]
+    if args.moe:
+        runs += [(f"moe, {routing}", args.moe, routing) for routing in args.routing]
     cuda = torch.cuda.is_available()
     conditions = {
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "engine": args.engine,
         "dtype": "bfloat16",
         "shots": SHOTS,
         "limit": args.limit,
@@ -84,11 +75,8 @@ def ask(args: argparse.Namespace) -> None:
     }
     answers = {}
     for label, folder, routing in runs:
-        model = load_model(folder)
-        top_k = getattr(model.config, "num_experts_per_tok", None)
-        with routed(model, routing, top_k) if routing else nullcontext():
-            answers[label] = texts_of(model, tokenizer, args)
-        del model
+        with WRITERS[args.engine](folder, routing, args.batch) as write:
+            answers[label] = texts_of(write, args)
         text = json.dumps({"conditions": conditions, "answers": answers}, indent=1)
         args.out.write_text(text + "\n", encoding="utf-8")  # each run is kept
 
@@ -136,8 +124,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(required=True)
     asking = commands.add_parser("ask")
-    for option in ("--dense", "--moe", "--data", "--out"):
+    for option in ("--dense", "--data", "--out"):
         asking.add_argument(option, type=Path, required=True)
+    asking.add_argument("--moe", type=Path)
+    asking.add_argument("--engine", choices=WRITERS, default="transformers")
     asking.add_argument("--tasks", nargs="+", choices=SHOTS, default=list(SHOTS))
     asking.add_argument("--routing", nargs="*", default=["learned", "random"])
     asking.add_argument("--limit", type=int, help="questions a task")

@@ -106,7 +106,7 @@ def trained(tiny_qwen, tmp_path, monkeypatch):
         "validation": tokens[:4].clone(),
     }
     save_file(windows, tmp_path / "windows.safetensors")
-    (tmp_path / "windows.json").write_text(json.dumps(dict.fromkeys(MIXTURE, {})))
+    (tmp_path / "windows.json").write_text(json.dumps({name: {} for name in MIXTURE}))
 
     def run(name, *options):
         out = tmp_path / name
