@@ -53,6 +53,17 @@ def _added_token(index: int, token: str, kind: int) -> dict:
     return {"id": index, "content": token, **flags, "special": kind == CONTROL}
 
 
+def _used_tokens(reader: GGUFReader) -> dict[str, tuple[int, int]]:
+    """Index and kind of each token but those that only fill the embedding up."""
+    tokens = field(reader, "tokenizer.ggml.tokens")
+    kinds = field(reader, "tokenizer.ggml.token_type")
+    return {
+        token: (i, kind)
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind != UNUSED
+    }
+
+
 def tokenizer_json(reader: GGUFReader) -> dict:
     """The content of tokenizer.json.
 
@@ -64,14 +75,7 @@ def tokenizer_json(reader: GGUFReader) -> dict:
         expected = ", ".join(SPLITTING)
         raise LabError(f"expected one of the pre-tokenizers {expected}, found {pre}")
     normalizer, splits = SPLITTING[pre]
-    kinds = field(reader, "tokenizer.ggml.token_type")
-    tokens = {
-        token: (i, kind)
-        for i, (token, kind) in enumerate(
-            zip(field(reader, "tokenizer.ggml.tokens"), kinds, strict=True)
-        )
-        if kind != UNUSED  # rows that fill the embedding up
-    }
+    tokens = _used_tokens(reader)
     added = [
         _added_token(i, token, kind)
         for token, (i, kind) in tokens.items()
