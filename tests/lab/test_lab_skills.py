@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.lab import instructions, skills
 from benchmarks.lab.generate import cut, generate
+from benchmarks.lab.writers import in_vllm
 from benchmarks.quality.sandbox import SandboxError, run_program
 
 MODULE = '''
@@ -91,6 +92,14 @@ def test_a_stop_string_ends_a_text(tiny_qwen, words):
     assert found == cut(whole, (stop,))
     assert cut("a\n\nb\ndef", ("\ndef", "\n\n")) == "a"
     assert cut("a", ("\ndef",)) == "a"
+
+
+def test_vllm_runs_the_learned_routing_only(tmp_path):
+    with (
+        pytest.raises(ValueError, match="learned routing here, not random"),
+        in_vllm(tmp_path, "random", 1),
+    ):
+        pass
 
 
 @pytest.fixture
