@@ -60,6 +60,15 @@ CONFIGS = {
         "norm_topk_prob": False,
         "mlp_only_layers": [1],
     },
+    # an MoE in every layer, as the adapter's independent reference wants it
+    "qwen2_moe_whole": {
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "num_experts": 12,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+    },
     "deepseek_v2": {
         **DEEPSEEK,
         "n_shared_experts": 2,

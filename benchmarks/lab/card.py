@@ -14,26 +14,35 @@ import tempfile
 from pathlib import Path
 
 from moe_tta.lab.cache import default_cache, inventory
-from moe_tta.lab.fetch import GGUF_SHA256, WHEEL, sha256
-from moe_tta.lab.models import DIFFERENCES, MODELS, card_path, write_files
+from moe_tta.lab.fetch import sha256
+from moe_tta.lab.models import (
+    DIFFERENCES,
+    MODELS,
+    card_path,
+    trained_differences,
+    write_files,
+)
 
 LIBRARIES = ("gguf", "numpy", "safetensors", "torch")
 
 
 def make_card(name: str) -> dict:
     """Builds a model in a temporary folder and describes its files."""
-    cache, path = default_cache(), card_path(name)
+    cache, model = default_cache(), MODELS[name]
     with tempfile.TemporaryDirectory() as scratch:
         write_files(name, Path(scratch), cache, progress=True)
         files = inventory(Path(scratch))
-    trained = MODELS[name].trained
-    inputs = {DIFFERENCES: sha256(path.with_name(DIFFERENCES))} if trained else {}
+    differences = trained_differences(name)
+    inputs = {DIFFERENCES: sha256(differences)} if differences else {}
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
     return {
         "model": name,
-        "summary": MODELS[name].summary,
+        "summary": model.summary,
         "licence": "Apache-2.0",
-        "dense": {"wheel": WHEEL, "gguf_sha256": GGUF_SHA256},
+        "dense": {
+            "wheels": list(model.dense.wheels),
+            "gguf_sha256": model.dense.sha256,
+        },
         "inputs": inputs,
         "files": files,
         "made_with": {"python": platform.python_version(), **versions},

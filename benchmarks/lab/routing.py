@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replaces a Mixtral's routing while it runs, and counts where tokens went."""
+"""Replaces an MoE model's routing while it runs, and counts where tokens went."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import MixtralForCausalLM
+from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
+# both normalise over the chosen experts as the lab's models are configured
+ROUTERS = (MixtralTopKRouter, Qwen2MoeTopKRouter)
 ROUTINGS = ("learned", "random", "inverted")
 
 
@@ -27,7 +30,7 @@ def reroute(
 
 @contextmanager
 def routed(
-    model: MixtralForCausalLM, routing: str, top_k: int, seed: int = 0
+    model: PreTrainedModel, routing: str, top_k: int, seed: int = 0
 ) -> Iterator[torch.Tensor]:
     """Within the context, every layer routes as told, with `top_k` experts a token.
 
@@ -40,7 +43,7 @@ def routed(
     """
     if routing not in ROUTINGS:
         raise ValueError(f"unknown routing {routing}; one of {', '.join(ROUTINGS)}")
-    gates = [m for m in model.modules() if isinstance(m, MixtralTopKRouter)]
+    gates = [m for m in model.modules() if isinstance(m, ROUTERS)]
     load = torch.zeros(len(gates), gates[0].num_experts, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,7 +53,8 @@ def routed(
             weights, experts = logits.float().softmax(-1).topk(top_k, dim=-1)
             counts = experts.flatten().bincount(minlength=load.shape[1])
             load[layer] += counts.cpu()
-            return logits, weights / weights.sum(-1, keepdim=True), experts
+            weights = (weights / weights.sum(-1, keepdim=True)).to(outputs[1].dtype)
+            return logits, weights, experts
 
         return hook
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the routers and expert differences of smollm2-moe on one GPU.
+"""Trains the routers and expert differences of a lab model on one GPU.
 
-    python -m benchmarks.lab.train --model DENSE --windows WINDOWS --out OUT
+    python -m benchmarks.lab.train NAME --model DENSE --windows WINDOWS --out OUT
+        [--state STATE --stop-after SECONDS]
 
 DENSE is the dense checkpoint folder, WINDOWS the file that `benchmarks.lab.data`
-writes. OUT gets differences.safetensors and train_log.json.
+writes beside windows.json. OUT gets differences.safetensors and train_log.json, every
+few minutes and at the end. With STATE a run that was stopped goes on from that file.
 """
 
 import argparse
@@ -12,17 +14,22 @@ import json
 import math
 import platform
 import time
+from dataclasses import asdict, fields, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.lab.low_rank import LowRankMoE, export, moe_ffn, upcycle
-from moe_tta.lab import differences
+from benchmarks.lab.losses import last_hidden, window_loss
+from benchmarks.lab.low_rank import LowRankMoE, as_dense, export, moe_ffn, upcycle
+from benchmarks.lab.mixture import mixed
+from benchmarks.lab.recipes import RECIPES, Recipe
+from benchmarks.lab.state import load_state, save_state
+from moe_tta.lab import MODELS, differences
 
-NUM_EXPERTS = 8
 WARMUP_STEPS = 40
 FINAL_LR = 0.05  # of the peak
 CLIP_NORM = 1.0
@@ -47,105 +54,185 @@ def batches(windows: torch.Tensor, size: int, steps: int, seed: int):
         yield windows[take]
 
 
-def lm_loss(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross-entropy, in nats, of [batch, window] tokens."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), tokens[:, 1:].flatten()
-    )
-
-
 @torch.no_grad()
-def validate(model: LlamaForCausalLM, windows: torch.Tensor, size: int) -> float:
-    """Perplexity over held-out windows."""
-    losses = [lm_loss(model, part.to(model.device)) for part in windows.split(size)]
-    counts = [len(part) for part in windows.split(size)]
-    mean = sum(float(x) * n for x, n in zip(losses, counts, strict=True)) / sum(counts)
-    return math.exp(mean)
+def validate(
+    model: PreTrainedModel, blocks: list[LowRankMoE], windows: torch.Tensor, size: int
+) -> dict[str, float]:
+    """Perplexity over held-out windows and mean divergence from the dense model."""
+    total = torch.zeros(2)
+    for part in windows.split(size):
+        tokens = part.to(model.device)
+        with as_dense(blocks):
+            teacher = last_hidden(model, tokens)
+        total += window_loss(model, tokens, teacher).cpu() * len(part)
+    entropy, divergence = (total / len(windows)).tolist()
+    return {"ppl": math.exp(entropy), "divergence": divergence}
 
 
-def optimizer_for(blocks: list[LowRankMoE], args: argparse.Namespace):
-    routers = [block.router for block in blocks]
-    factors = [f for block in blocks for f in block.factors.values()]
-    groups = [
-        {"params": routers, "lr": args.router_lr},
-        {"params": factors, "lr": args.factor_lr},
-    ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+class Run:
+    """One training run.
+
+    Args:
+        model: the dense model, whose FFNs are `blocks`.
+        recipe: sizes and optimisation.
+        args: paths and intervals.
+        log: what train_log.json holds beside the curve.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: list[LowRankMoE],
+        recipe: Recipe,
+        args: argparse.Namespace,
+        log: dict,
+    ):
+        self.model, self.blocks, self.recipe = model, blocks, recipe
+        self.args, self.log, self.step = args, log | {"curve": []}, 0
+        routers = [block.router for block in blocks]
+        factors = [f for block in blocks for f in block.factors.values()]
+        groups = [
+            {"params": routers, "peak": recipe.router_lr},
+            {"params": factors, "peak": recipe.factor_lr},
+        ]
+        self.parameters = routers + factors
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        if args.state and args.state.exists():
+            self.step = load_state(args.state, self.optimizer)
+            before = json.loads(args.state.with_suffix(".json").read_text())
+            self.log["curve"] = before["curve"]
+
+    def losses(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Cross-entropy, divergence from the dense model and load-balance loss."""
+        teacher = None
+        if self.recipe.divergence:
+            with torch.no_grad(), as_dense(self.blocks):
+                teacher = last_hidden(self.model, tokens)
+        entropy, divergence = window_loss(self.model, tokens, teacher)
+        balance = torch.stack([block.balance for block in self.blocks]).mean()
+        return {"loss": entropy, "divergence": divergence, "balance": balance}
+
+    def update(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Makes one step of the optimiser."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(self.step, self.recipe.steps)
+        found = self.losses(tokens)
+        weights = {"divergence": self.recipe.divergence, "balance": self.recipe.balance}
+        total = found["loss"] + sum(w * found[name] for name, w in weights.items())
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return found
+
+    def fit(self, windows: torch.Tensor) -> None:
+        """Trains in place until the recipe's last step, or the time is up."""
+        start = saved = time.monotonic()
+        steps, curve = self.recipe.steps, self.log["curve"]
+        before = curve[-1]["seconds"] if curve else 0.0  # of earlier calls
+        feed = batches(windows, self.recipe.batch, steps, self.args.seed)
+        for tokens in islice(feed, self.step, None):
+            found = self.update(tokens.to(self.model.device))
+            now = time.monotonic()
+            spent = now - start
+            last = self.step == steps or spent >= self.args.stop_after
+            if last or self.step % self.args.log_every == 0:
+                entry = {name: value.item() for name, value in found.items()}
+                seconds = round(before + spent, 1)
+                curve.append({"step": self.step, **entry, "seconds": seconds})
+                print(json.dumps(curve[-1]), flush=True)
+            if last or now - saved >= self.args.save_every:
+                self.save()
+                saved = time.monotonic()
+            if last:
+                break
+
+    def save(self) -> None:
+        """Writes the int8 differences, the log and, if asked for, the state."""
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        target = self.args.out / "differences.safetensors"
+        unfinished = target.with_suffix(".unfinished")
+        differences.save(unfinished, export(self.blocks))
+        unfinished.replace(target)
+        text = json.dumps(self.log, indent=1) + "\n"
+        (self.args.out / "train_log.json").write_text(text)
+        if self.args.state:
+            self.args.state.with_suffix(".json").write_text(text)
+            save_state(self.args.state, self.optimizer, self.step)
 
 
-def fit(
-    model: LlamaForCausalLM,
-    blocks: list[LowRankMoE],
-    data: dict[str, torch.Tensor],
-    args: argparse.Namespace,
-) -> list[dict]:
-    """Trains in place and returns the logged curve."""
-    optimizer = optimizer_for(blocks, args)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule(step, args.steps)
-    )
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    curve, start = [], time.monotonic()
-    feed = batches(data["train"], args.batch, args.steps, args.seed)
-    for step, tokens in enumerate(feed, 1):
-        loss = lm_loss(model, tokens.to(model.device))
-        balance = torch.stack([block.balance for block in blocks]).mean()
-        (loss + args.balance * balance).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % args.log_every == 0 or step == args.steps:
-            entry = {"step": step, "loss": loss.item(), "balance": balance.item()}
-            curve.append(entry | {"seconds": round(time.monotonic() - start, 1)})
-            print(json.dumps(curve[-1]), flush=True)
-    return curve
-
-
-def conditions(args: argparse.Namespace, device: str) -> dict:
+def conditions(args: argparse.Namespace, recipe: Recipe, device: str) -> dict:
     gpu = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    options = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
-    return {"device": gpu, "python": platform.python_version()} | versions | options
+    options = {"seed": args.seed, "compile": args.compile}
+    return {
+        "model": args.name,
+        "device": gpu,
+        "python": platform.python_version(),
+        **versions,
+        **asdict(recipe),
+        **options,
+    }
 
 
-def parse() -> argparse.Namespace:
+def parse() -> tuple[argparse.Namespace, Recipe]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("name", choices=RECIPES)
     for option in ("--model", "--windows", "--out"):
         parser.add_argument(option, type=Path, required=True)
-    for option, value in (("steps", 1240), ("batch", 32), ("rank", 7), ("seed", 0)):
-        parser.add_argument(f"--{option}", type=int, default=value)
-    for option, value in (("router", 2e-3), ("factor", 1e-3)):
-        parser.add_argument(f"--{option}-lr", type=float, default=value)
-    parser.add_argument("--balance", type=float, default=0.02)
-    parser.add_argument("--log-every", type=int, default=40)
-    parser.add_argument("--share", action="store_true", help="one factor per layer")
+    parser.add_argument("--state", type=Path, help="file that a stopped run goes on in")
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds")
+    parser.add_argument("--save-every", type=float, default=180.0, help="seconds")
+    parser.add_argument("--log-every", type=int, default=40, help="steps")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
-    return parser.parse_args()
+    parser.add_argument("--share", action="store_true", help="one factor per layer")
+    settings = [f for f in fields(Recipe) if f.type in (int, float)]
+    for setting in settings:
+        option = f"--{setting.name.replace('_', '-')}"
+        parser.add_argument(option, type=setting.type, help="instead of the recipe's")
+    args = parser.parse_args()
+    given = {f.name: getattr(args, f.name) for f in settings}
+    changed = {name: value for name, value in given.items() if value is not None}
+    recipe = RECIPES[args.name]
+    return args, replace(recipe, share=recipe.share or args.share, **changed)
+
+
+def training_windows(args: argparse.Namespace, recipe: Recipe) -> dict:
+    """Windows by split, as int64; those to train on in the recipe's mixture."""
+    data = load_file(args.windows)
+    if recipe.mixture:
+        names = list(json.loads(args.windows.with_suffix(".json").read_text()))
+        total, domains = recipe.steps * recipe.batch, data["train_domain"]
+        order = mixed(domains, names, recipe.mixture, total, args.seed)
+        data["train"] = data["train"][order]
+    return {name: data[name].long() for name in ("train", "validation")}
 
 
 def main() -> None:
-    args = parse()
+    args, recipe = parse()
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = {k: v.long() for k, v in load_file(args.windows).items()}
+    data = training_windows(args, recipe)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     model.to(device)
-    log = conditions(args, device) | {"train_windows": len(data["train"])}
-    log["dense_validation_ppl"] = validate(model, data["validation"], args.batch)
-    blocks = upcycle(model, NUM_EXPERTS, args.rank, args.share)
+    experts = MODELS[args.name].num_experts
+    blocks = upcycle(model, experts, recipe.rank, recipe.share)
+    log = conditions(args, recipe, device) | {"train_windows": len(data["train"])}
+    with as_dense(blocks):
+        dense = validate(model, blocks, data["validation"], recipe.batch)
+    log["dense_validation_ppl"] = dense["ppl"]
+    run = Run(model, blocks, recipe, args, log)
     if args.compile:
         LowRankMoE.ffn = staticmethod(torch.compile(moe_ffn, dynamic=False))
-    start = time.monotonic()
-    log["curve"] = fit(model, blocks, data, args)
-    log["train_seconds"] = round(time.monotonic() - start, 1)
+    run.fit(data["train"])
     LowRankMoE.ffn = staticmethod(moe_ffn)  # validation has other shapes
-    log["validation_ppl"] = validate(model, data["validation"], args.batch)
-    args.out.mkdir(parents=True, exist_ok=True)
-    differences.save(args.out / "differences.safetensors", export(blocks))
-    (args.out / "train_log.json").write_text(json.dumps(log, indent=1) + "\n")
-    print({k: v for k, v in log.items() if k != "curve"})
+    if run.step == recipe.steps:
+        found = validate(model, blocks, data["validation"], recipe.batch)
+        run.log["validation"] = found
+        run.save()
+    print({k: v for k, v in run.log.items() if k != "curve"})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,14 @@ class Family:
 FAMILIES = {
     "mixtral": Family("block_sparse_moe", "w1", "w3", "w2"),
     "olmoe": Family("mlp"),
+    "qwen2_moe": Family("mlp"),
     "qwen3_moe": Family("mlp"),
+}
+
+# what vLLM computes in these families, whatever the config says
+WRITTEN_IN_CODE = {
+    "olmoe": {"clip_qkv": None, "attention_bias": False, "rms_norm_eps": 1e-5},
+    "qwen2_moe": {"qkv_bias": True, "use_sliding_window": False},
 }
 
 
@@ -51,27 +58,30 @@ def family_of(config: Any) -> Family:
             "the adapter cannot take gradients through quantised weights; serve the "
             "unquantised checkpoint, or use the zeroth-order estimator (spsa)"
         )
-    if config.model_type == "olmoe":
-        _refuse_olmoe_options(config)
+    _refuse_other_values(config)
     return FAMILIES[config.model_type]
 
 
-def _refuse_olmoe_options(config: Any) -> None:
-    # vLLM's OLMoE has these values written in its code, whatever the config says
-    served = {"clip_qkv": None, "attention_bias": False, "rms_norm_eps": 1e-5}
-    for name, value in served.items():
+def _refuse_other_values(config: Any) -> None:
+    for name, value in WRITTEN_IN_CODE.get(config.model_type, {}).items():
         if (asked := getattr(config, name, value)) != value:
             raise AdapterError(
-                f"the config asks for {name} = {asked}, but vLLM serves OLMoE with "
-                f"{value}: gradients would be those of another model"
+                f"the config asks for {name} = {asked}, but vLLM serves "
+                f"{config.model_type!r} with {value}: gradients would be those of "
+                "another model"
             )
+
+
+def attention_window(config: Any) -> int | None:
+    """Return how many tokens a row attends to; `None` for all before it."""
+    return getattr(config, "sliding_window", None) or None  # Qwen2-MoE says 0 for all
 
 
 def router_shape(config: Any) -> RouterShape:
     """Return the router constants of a supported config; `k_max` is its `top_k`."""
     count = config.num_hidden_layers
     layers = tuple(range(count))
-    if config.model_type == "qwen3_moe":
+    if hasattr(config, "decoder_sparse_step"):  # Qwen2-MoE and Qwen3-MoE
         step, dense = config.decoder_sparse_step, config.mlp_only_layers
         layers = tuple(n for n in layers if n not in dense and (n + 1) % step == 0)
     top_k = config.num_experts_per_tok

@@ -85,6 +85,8 @@ def model_names(
     """
     found, left = {}, dict(tensors)
     for name, wanted in model.state_dict().items():
+        if not wanted.numel():
+            continue  # a shared expert without units, which no checkpoint stores
         theirs = name.replace(".mlp.gate.", f".{family.block}.gate.")
         if name == "lm_head.weight" and theirs not in left and _tied(model.config):
             theirs = "model.embed_tokens.weight"

@@ -206,7 +206,13 @@ def _one_dtype(state: Mapping[str, torch.Tensor]) -> torch.dtype:
 
 def _assign(lm: nn.Module, state: dict[str, torch.Tensor], device: torch.device):
     lm.requires_grad_(False)
-    lm.load_state_dict(state, assign=True)
+    dtype = state["model.norm.weight"].dtype
+    unitless = {
+        name: torch.empty(wanted.shape, dtype=dtype, device=device)
+        for name, wanted in lm.state_dict().items()
+        if not wanted.numel()
+    }
+    lm.load_state_dict(state | unitless, assign=True)
     # the one buffer that no checkpoint holds: inverse frequencies
     with torch.device(device):
         lm.model.rotary_emb = type(lm.model.rotary_emb)(config=lm.config)

@@ -18,6 +18,7 @@ import torch
 
 from moe_tta.adapter.contexts import Contexts, causal_mask
 from moe_tta.adapter.errors import AdapterError
+from moe_tta.adapter.families import attention_window
 from moe_tta.adapter.loss import mean_by_owner, token_nll
 from moe_tta.adapter.model import AdapterModel
 from moe_tta.adapter.routing import LayerEdit
@@ -106,7 +107,7 @@ class NeighbourTail:
         hidden = self._fill_cache(texts, int(last.max()))
         places = rows[:, :, None].expand(-1, -1, hidden.shape[2])
         self._hidden = hidden.gather(1, places)
-        mask = _mask(last, rows, steps, getattr(model.config, "sliding_window", None))
+        mask = _mask(last, rows, steps, attention_window(model.config))
         self._shared = model.shared(self._hidden, rows, mask, self._prefix)
 
     def _fill_cache(self, texts: Contexts, length: int) -> torch.Tensor:
@@ -114,7 +115,7 @@ class NeighbourTail:
         model, first = self.model, self.layers[0]
         recorder = _Recorder(first)
         hidden = model.embed(texts.tokens)
-        window = getattr(model.config, "sliding_window", None)
+        window = attention_window(model.config)
         mask = causal_mask(hidden.shape[1], window, hidden.device)
         shared = model.shared(hidden, texts.positions, mask, recorder)
         below = model.run(hidden, range(first), shared, {})
@@ -202,7 +203,7 @@ def last_row_routing(
         found.append(torch.softmax(logits[picked].float(), dim=1))
 
     hidden = model.embed(contexts.tokens)
-    window = getattr(model.config, "sliding_window", None)
+    window = attention_window(model.config)
     mask = causal_mask(hidden.shape[1], window, hidden.device)
     shared = model.shared(hidden, contexts.positions, mask)
     model.run(hidden, range(model.shape.layers[-1] + 1), shared, {}, watch)

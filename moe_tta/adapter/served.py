@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A loaded vLLM model's tensors under transformers' names, as views of them.
 
-Source: names and layouts of `vllm/model_executor/models/{mixtral,olmoe,qwen3_moe}.py`
-and `layers/fused_moe/routed_experts.py` in vLLM 0.32.0.
+Source: names and layouts in vLLM 0.32.0 of `layers/fused_moe/routed_experts.py` and
+`models/{mixtral,olmoe,qwen2_moe,qwen3_moe}.py` under `vllm/model_executor/`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from moe_tta.adapter.families import Family
 from moe_tta.adapter.mapped import check_shape
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# entry of the config that says how wide the dense FFN in an MLP, or below it, is
+SIZES = {None: "intermediate_size", "shared_expert": "shared_expert_intermediate_size"}
 EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 
 
@@ -48,9 +50,9 @@ def served_part(name: str, config: Any, family: Family) -> Part:
     if match := re.fullmatch(r"(.*)\.mlp\.experts\.(gate_up_proj|down_proj)", name):
         block = f"{match[1]}.{family.block}.experts.routed_experts"
         return Part(f"{block}.{EXPERTS[match[2]]}")
-    if match := re.fullmatch(r"(.*\.mlp)\.(gate|up)_proj\.weight", name):
-        size = config.intermediate_size
-        start = 0 if match[2] == "gate" else size
+    if match := re.fullmatch(r"(.*\.mlp(?:\.(\w+))?)\.(gate|up)_proj\.weight", name):
+        size = getattr(config, SIZES[match[2]])
+        start = 0 if match[3] == "gate" else size
         return Part(f"{match[1]}.gate_up_proj.weight", (start, start + size))
     if name in ("lm_head.weight", "model.embed_tokens.weight"):
         return Part(name, (0, config.vocab_size))  # vLLM pads the vocabulary
@@ -73,6 +75,8 @@ def view_served(
     """
     views = {}
     for name, wanted in model.state_dict().items():
+        if not wanted.numel():
+            continue  # a shared expert without units, which vLLM leaves out
         part = served_part(name, model.config, family)
         if name == "lm_head.weight" and part.name not in tensors:
             part = served_part("model.embed_tokens.weight", model.config, family)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from moe_tta.adapter.contexts import Contexts, causal_mask
+from moe_tta.adapter.families import attention_window
 from moe_tta.adapter.loss import mean_by_owner, token_nll
 from moe_tta.adapter.model import AdapterModel, Shared
 from moe_tta.adapter.routing import LayerEdit
@@ -69,7 +70,7 @@ def survey(model: AdapterModel, contexts: Contexts, delta: torch.Tensor) -> Surv
 
 
 def _shared(model: AdapterModel, contexts: Contexts, hidden: torch.Tensor) -> Shared:
-    window = getattr(model.config, "sliding_window", None)
+    window = attention_window(model.config)
     mask = causal_mask(hidden.shape[1], window, hidden.device)
     return model.shared(hidden, contexts.positions, mask)
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dequantises SmolLM2's GGUF file into the tensors and config of a Llama."""
+"""Dequantises a dense model's GGUF file into the tensors and config of transformers."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from dataclasses import field as attribute
 
 import numpy as np
 from gguf import GGUFReader, dequantize
 
-GLOBAL_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-}
+from moe_tta.lab.errors import LabError
+
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -19,6 +21,63 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+
+
+@dataclass(frozen=True)
+class DenseFamily:
+    """What distinguishes the dense models of one GGUF architecture.
+
+    All have tied embeddings.
+
+    Attributes:
+        architecture: The class of transformers.
+        model_type: Its name in config.json.
+        embedding: GGUF tensor that becomes the embedding; where a file holds the tied
+            matrix twice, the more precise one.
+        dropped: GGUF tensors that are left out.
+        interleaved: Whether rows of q and k are paired for the rotary embedding.
+        attention: Entries of config.json on the attention.
+        ends: GGUF names of the tokens that end a generation.
+    """
+
+    architecture: str
+    model_type: str
+    embedding: str = "token_embd.weight"
+    dropped: tuple[str, ...] = ()
+    interleaved: bool = False
+    attention: dict = attribute(default_factory=dict)
+    ends: tuple[str, ...] = ("eos",)
+
+
+FAMILIES = {  # by general.architecture
+    "llama": DenseFamily(
+        "LlamaForCausalLM",
+        "llama",
+        interleaved=True,
+        attention={"attention_bias": False},
+    ),
+    # Q4_K_M keeps the tied matrix as Q8_0 for the output and as Q5_0 for the input
+    "qwen2": DenseFamily(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        embedding="output.weight",
+        dropped=("token_embd.weight",),
+        attention={"use_sliding_window": False},
+        ends=("eos", "padding"),
+    ),
+}
+
+
+def family_of(reader: GGUFReader) -> DenseFamily:
+    """The family of a file.
+
+    Raises:
+        LabError: the lab knows none of its architecture.
+    """
+    name = field(reader, "general.architecture")
+    if name not in FAMILIES:
+        raise LabError(f"expected one of {', '.join(FAMILIES)}, the file holds {name}")
+    return FAMILIES[name]
 
 
 def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -41,54 +100,94 @@ def field(reader: GGUFReader, key: str):
     return reader.fields[key].contents()
 
 
-def hf_name(name: str) -> str:
+def model_field(reader: GGUFReader, key: str):
+    """The value of a metadata key that is named after the architecture."""
+    return field(reader, f"{field(reader, 'general.architecture')}.{key}")
+
+
+def hf_name(name: str, family: DenseFamily) -> str:
     """Translates a GGUF tensor name into the name transformers uses."""
-    if name in GLOBAL_NAMES:
-        return GLOBAL_NAMES[name]
-    _, layer, kind, _ = name.split(".")
-    return f"model.layers.{layer}.{LAYER_NAMES[kind]}.weight"
+    names = {
+        family.embedding: "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+    }
+    if name in names:
+        return names[name]
+    _, layer, kind, part = name.split(".")
+    return f"model.layers.{layer}.{LAYER_NAMES[kind]}.{part}"
 
 
-def dense_tensors(reader: GGUFReader) -> dict[str, np.ndarray]:
-    """Dequantises every tensor to float32, under LlamaForCausalLM's names.
+class DenseTensors(Mapping):
+    """A file's tensors as float32 under transformers' names, dequantised when read.
 
     The output embedding is absent: it is tied to ``model.embed_tokens.weight``.
     """
-    heads = {
-        "attn_q": field(reader, "llama.attention.head_count"),
-        "attn_k": field(reader, "llama.attention.head_count_kv"),
-    }
-    tensors = {}
-    for tensor in reader.tensors:
+
+    def __init__(self, reader: GGUFReader):
+        self.family = family_of(reader)
+        self._stored = {
+            hf_name(tensor.name, self.family): tensor
+            for tensor in reader.tensors
+            if tensor.name not in self.family.dropped
+        }
+        self._heads = {}
+        if self.family.interleaved:
+            self._heads = {
+                "attn_q": model_field(reader, "attention.head_count"),
+                "attn_k": model_field(reader, "attention.head_count_kv"),
+            }
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._stored[name]
         weight = np.array(dequantize(tensor.data, tensor.tensor_type))  # off the file
-        kind = tensor.name.split(".")[-2]
-        if kind in heads:
-            weight = unpermute(weight, heads[kind])
-        tensors[hf_name(tensor.name)] = weight
-    return tensors
+        heads = self._heads.get(tensor.name.split(".")[-2])
+        return unpermute(weight, heads) if heads else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def token_ids(reader: GGUFReader) -> dict:
+    """The entries of config.json that name special tokens."""
+    return {
+        f"{short}_token_id": field(reader, f"tokenizer.ggml.{name}_token_id")
+        for short, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
+
+
+def generation_config(reader: GGUFReader) -> dict:
+    """The content of generation_config.json: special tokens, and what ends a text."""
+    ends = [
+        field(reader, f"tokenizer.ggml.{name}_token_id")
+        for name in family_of(reader).ends
+    ]
+    return token_ids(reader) | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
 def base_config(reader: GGUFReader) -> dict:
     """The entries of config.json that the dense model and its upcycle share."""
-    theta = float(field(reader, "llama.rope.freq_base"))
-    eps = float(field(reader, "llama.attention.layer_norm_rms_epsilon"))
+    theta = float(model_field(reader, "rope.freq_base"))
+    eps = float(model_field(reader, "attention.layer_norm_rms_epsilon"))
+    hidden = model_field(reader, "embedding_length")
+    heads = model_field(reader, "attention.head_count")
     return {
-        "hidden_size": field(reader, "llama.embedding_length"),
-        "intermediate_size": field(reader, "llama.feed_forward_length"),
-        "num_hidden_layers": field(reader, "llama.block_count"),
-        "num_attention_heads": field(reader, "llama.attention.head_count"),
-        "num_key_value_heads": field(reader, "llama.attention.head_count_kv"),
-        "head_dim": field(reader, "llama.rope.dimension_count"),
-        "max_position_embeddings": field(reader, "llama.context_length"),
-        "vocab_size": field(reader, "llama.vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": model_field(reader, "feed_forward_length"),
+        "num_hidden_layers": model_field(reader, "block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": model_field(reader, "attention.head_count_kv"),
+        "head_dim": hidden // heads,
+        "max_position_embeddings": model_field(reader, "context_length"),
+        "vocab_size": len(field(reader, "tokenizer.ggml.tokens")),
         "rms_norm_eps": float(f"{eps:.6g}"),  # stored as float32
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "bos_token_id": field(reader, "tokenizer.ggml.bos_token_id"),
-        "eos_token_id": field(reader, "tokenizer.ggml.eos_token_id"),
-        "pad_token_id": field(reader, "tokenizer.ggml.padding_token_id"),
+        **token_ids(reader),
         "hidden_act": "silu",
-        "attention_bias": False,
+        **family_of(reader).attention,
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
         "use_cache": True,

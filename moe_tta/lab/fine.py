@@ -47,7 +47,7 @@ def fine_config(reader: GGUFReader) -> dict:
         "num_experts_per_tok": TOP_K,
         "norm_topk_prob": False,
         "max_position_embeddings": 4096,
-        "vocab_size": field(reader, "llama.vocab_size"),
+        "vocab_size": len(field(reader, "tokenizer.ggml.tokens")),
         "rms_norm_eps": 1e-05,
         "rope_theta": 10000.0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},

@@ -1,50 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the dense model, and its upcycle into a Mixtral, as checkpoint folders."""
+"""Writes dense models, and their upcycles into MoE models, as checkpoint folders."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from gguf import GGUFReader
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from moe_tta.lab import differences
-from moe_tta.lab.dense import base_config, dense_tensors
+from moe_tta.lab.architectures import MoEArchitecture, Upcycle
+from moe_tta.lab.checkpoint import Tensors, save_parts, save_whole
+from moe_tta.lab.dense import DenseTensors, base_config, family_of, generation_config
+from moe_tta.lab.neutral import neutral_factors
 from moe_tta.lab.tokenizer import write_json, write_tokenizer
 
-WEIGHTS = "model.safetensors"
-TOP_K = 2
-# Mixtral's names of the three matrices of an expert.
-MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
-
-
-def mixtral_config(base: dict, num_experts: int, top_k: int) -> dict:
-    """The config.json of a `base` model upcycled to a MixtralForCausalLM."""
-    return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        **base,
-        "num_local_experts": num_experts,
-        "num_experts_per_tok": top_k,
-        "router_jitter_noise": 0.0,
-        "sliding_window": None,
-    }
+Dense = Mapping[str, np.ndarray]
 
 
 def layer_experts(
-    dense: dict[str, np.ndarray], factors: dict[str, torch.Tensor], layer: int
-) -> dict[str, torch.Tensor]:
-    """The router and experts of one layer, under Mixtral's checkpoint names.
+    dense: Dense,
+    factors: dict[str, torch.Tensor],
+    layer: int,
+    architecture: MoEArchitecture,
+) -> Tensors:
+    """The router and experts of one layer, under the architecture's checkpoint names.
 
     Args:
-        dense: float32 tensors under LlamaForCausalLM's names.
+        dense: float32 tensors under the dense model's names in transformers.
         factors: as `differences.load` returns them.
         layer: its index.
+        architecture: names the tensors.
     """
-    block = f"model.layers.{layer}.block_sparse_moe"
-    tensors = {f"{block}.gate.weight": factors["router"][layer].contiguous()}
-    for matrix, short in MIXTRAL.items():
+    block = f"model.layers.{layer}.{architecture.block}"
+    router = factors["router"][layer].contiguous()
+    tensors = {f"{block}.gate.weight": router}
+    for name, shape in architecture.zeros.items():
+        sizes = [router.shape[1] if size == "hidden" else size for size in shape]
+        tensors[f"{block}.{name}"] = torch.zeros(sizes, dtype=torch.bfloat16)
+    for matrix, short in architecture.matrices.items():
         parts = (factors[f"{matrix}.{p}"][layer] for p in ("left", "right", "scale"))
         weights = differences.expert_weights(
             dense[f"model.layers.{layer}.mlp.{matrix}_proj.weight"],
@@ -57,64 +52,78 @@ def layer_experts(
     return tensors
 
 
-def upcycle(
-    dense: dict[str, np.ndarray],
+def upcycled_parts(
+    dense: Dense,
     factors: dict[str, torch.Tensor],
+    architecture: MoEArchitecture,
     progress: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Turns a dense Llama and its expert differences into a Mixtral checkpoint.
+) -> Iterator[Tensors]:
+    """Turns a dense model and its expert differences into an MoE checkpoint.
 
     Args:
-        dense: float32 tensors under LlamaForCausalLM's names.
+        dense: float32 tensors under the dense model's names in transformers.
         factors: as `differences.load` returns them.
+        architecture: names the tensors.
         progress: shows a bar on stderr.
 
-    Returns:
-        bfloat16 tensors under MixtralForCausalLM's names.
+    Yields:
+        bfloat16 tensors: first those that stay as they are, then layer by layer
+        routers and experts.
     """
-    tensors = {
-        name: differences.to_bf16(weight)
-        for name, weight in dense.items()
-        if ".mlp." not in name
+    yield {
+        name: differences.to_bf16(dense[name]) for name in dense if ".mlp." not in name
     }
     layers = range(factors["router"].shape[0])
     for layer in tqdm(layers, "building experts", disable=not progress, unit="layer"):
-        tensors.update(layer_experts(dense, factors, layer))
-    return tensors
+        yield layer_experts(dense, factors, layer, architecture)
 
 
-def _write(
-    reader: GGUFReader, out: Path, config: dict, tensors: dict[str, torch.Tensor]
-) -> None:
+def _write_texts(reader: GGUFReader, out: Path, config: dict) -> None:
     write_json(out / "config.json", config)
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(out / "generation_config.json", ids)
+    write_json(out / "generation_config.json", generation_config(reader))
     write_tokenizer(reader, out)
-    # One metadata key alone: the order of several is not fixed.
-    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
 
 
 def write_dense(gguf: Path, out: Path) -> None:
-    """Writes the dense model as a LlamaForCausalLM checkpoint in bfloat16."""
+    """Writes a dense model as a checkpoint in bfloat16.
+
+    Raises:
+        LabError: the file holds an architecture that the lab does not know.
+    """
     reader = GGUFReader(gguf)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    dense = dense_tensors(reader)
-    tensors = {name: differences.to_bf16(weight) for name, weight in dense.items()}
-    _write(reader, out, config | base_config(reader), tensors)
+    family, dense = family_of(reader), DenseTensors(reader)
+    config = {"architectures": [family.architecture], "model_type": family.model_type}
+    _write_texts(reader, out, config | base_config(reader))
+    save_whole([{name: differences.to_bf16(dense[name]) for name in dense}], out)
 
 
 def write_moe(
-    gguf: Path, factors_file: Path, out: Path, progress: bool = False
+    gguf: Path,
+    factors_file: Path | None,
+    out: Path,
+    upcycle: Upcycle,
+    progress: bool = False,
 ) -> None:
-    """Writes the upcycled model as a MixtralForCausalLM checkpoint in bfloat16.
+    """Writes an upcycled model as a checkpoint in bfloat16.
 
     Args:
         gguf: the dense model.
-        factors_file: differences and routers, as `differences.save` writes them.
+        factors_file: differences and routers, as `differences.save` writes them;
+            `None` makes the model as it is before training, the dense one in effect.
         out: an existing folder.
+        upcycle: layout and sizes.
         progress: shows a bar on stderr.
+
+    Raises:
+        LabError: a tensor of the differences is missing, or the file holds an
+            architecture that the lab does not know.
     """
     reader = GGUFReader(gguf)
-    factors = differences.load(factors_file)
-    config = mixtral_config(base_config(reader), factors["router"].shape[1], TOP_K)
-    _write(reader, out, config, upcycle(dense_tensors(reader), factors, progress))
+    base, count = base_config(reader), upcycle.num_experts
+    factors = (
+        differences.load(factors_file) if factors_file else neutral_factors(base, count)
+    )
+    architecture = upcycle.architecture
+    _write_texts(reader, out, architecture.config_json(base, count, upcycle.top_k))
+    save = save_parts if upcycle.file_per_layer else save_whole
+    save(upcycled_parts(DenseTensors(reader), factors, architecture, progress), out)

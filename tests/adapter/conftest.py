@@ -5,7 +5,7 @@ import torch
 from moe_tta.adapter import AdapterModel
 from tests.adapter import independent
 
-FAMILIES = ("mixtral", "olmoe", "qwen3_moe")
+FAMILIES = ("mixtral", "olmoe", "qwen2_moe_whole", "qwen3_moe")
 
 
 @pytest.fixture(params=FAMILIES)

@@ -8,8 +8,15 @@ from transformers import AutoConfig
 MATRICES = {
     "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
     "olmoe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "qwen2_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
     "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
 }
+
+
+def fuse(state, names, name):
+    """Put tensors below one another, where the model has them."""
+    if names[0] in state:
+        state[name] = torch.cat([state.pop(part) for part in names])
 
 
 def vllm_tensors(path, vocab_padding=64):
@@ -20,8 +27,12 @@ def vllm_tensors(path, vocab_padding=64):
     for number in range(config.num_hidden_layers):
         layer = f"model.layers.{number}"
         attention = f"{layer}.self_attn"
-        parts = [state.pop(f"{attention}.{side}_proj.weight") for side in "qkv"]
-        state[f"{attention}.qkv_proj.weight"] = torch.cat(parts)
+        for part in ("weight", "bias"):
+            names = [f"{attention}.{side}_proj.{part}" for side in "qkv"]
+            fuse(state, names, f"{attention}.qkv_proj.{part}")
+        for ffn in (f"{layer}.mlp", f"{layer}.mlp.shared_expert"):
+            names = [f"{ffn}.{side}_proj.weight" for side in ("gate", "up")]
+            fuse(state, names, f"{ffn}.gate_up_proj.weight")
         experts = f"{layer}.{block}.experts"
         if f"{experts}.0.{gate}.weight" not in state:
             continue

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from moe_tta.adapter import AdapterError, AdapterModel, Rerouting, reroute
 from moe_tta.adapter.descent import autograd_gradient
+from tests.adapter import independent
 from tests.adapter.layouts import vllm_tensors
 from tests.adapter.test_gradient import relative, size, tail_of
 
@@ -103,24 +104,47 @@ def test_grouped_products_agree_with_the_loop(tiny_models, family, draw):
     assert relative(grouped[1], loop[1]) <= 1e-5
 
 
-def test_a_dense_layer_of_qwen3_is_viewed_too(tmp_path, draw):
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])
+def test_a_dense_layer_of_qwen_is_viewed_too(tmp_path, draw, name):
     from transformers import AutoModelForCausalLM
 
     from tests.tiny import COMMON, CONFIGS
 
-    fields = {**COMMON, **CONFIGS["qwen3_moe"], "mlp_only_layers": [1]}
-    config = AutoConfig.for_model("qwen3_moe", **fields)
+    fields = {**COMMON, **CONFIGS[name], "mlp_only_layers": [1]}
+    config = AutoConfig.for_model(name, **fields)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     mapped = AdapterModel.from_checkpoint(tmp_path)
     assert mapped.shape.layers == (0, 2, 3)
-    config, tensors = vllm_tensors(tmp_path)
-    dense = "model.layers.1.mlp"
-    parts = [tensors.pop(f"{dense}.{s}_proj.weight") for s in ("gate", "up")]
-    tensors[f"{dense}.gate_up_proj.weight"] = torch.cat(parts)
-    served = AdapterModel.from_served(config, tensors)
+    served = AdapterModel.from_served(*vllm_tensors(tmp_path))
     delta, tokens = 0.3 * draw.normal(1, *size(mapped)), draw.tokens(20)
     losses = [tail_of(m, [tokens], delta).loss(delta) for m in (mapped, served)]
     assert relative(*losses) <= 1e-5
+
+
+def test_a_shared_expert_without_units_is_no_tensor(tmp_path, draw):
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny import COMMON, CONFIGS
+
+    fields = {**COMMON, **CONFIGS["qwen2_moe_whole"]}
+    fields |= {"shared_expert_intermediate_size": 0}
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    stored = {name: t for name, t in load_file(path).items() if t.numel()}
+    save_file(stored, path, metadata={"format": "pt"})
+    mapped = AdapterModel.from_checkpoint(tmp_path)
+    served = AdapterModel.from_served(*vllm_tensors(tmp_path))
+    delta, tokens = 0.3 * draw.normal(1, *size(mapped)), draw.tokens(20)
+    expected = independent.context_gradient(
+        independent.load(tmp_path), tokens, delta[0]
+    )
+    for model in (mapped, served):
+        loss = tail_of(model, [tokens], delta).loss
+        found, gradient = autograd_gradient(loss)(delta)
+        assert relative(found, expected[0]) <= 1e-5
+        assert relative(gradient[0], expected[1]) <= 1e-5
 
 
 def test_weights_stay_as_they_are(tiny_models, family, draw):
@@ -166,6 +190,13 @@ def test_refuses_other_families_and_configs(tiny_models, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "clip_qkv": 8.0}))
     with pytest.raises(AdapterError, match=r"clip_qkv = 8.0, but vLLM serves"):
         AdapterModel.from_checkpoint(folder)
+    windowed = tmp_path / "windowed"
+    shutil.copytree(tiny_models("qwen2_moe"), windowed)
+    other = json.loads((windowed / "config.json").read_text())
+    other["use_sliding_window"] = True
+    (windowed / "config.json").write_text(json.dumps(other))
+    with pytest.raises(AdapterError, match=r"use_sliding_window = True, but vLLM"):
+        AdapterModel.from_checkpoint(windowed)
     quantised = {**config, "quantization_config": {"quant_method": "fp8"}}
     (folder / "config.json").write_text(json.dumps(quantised))
     with pytest.raises(AdapterError, match="quantised"):

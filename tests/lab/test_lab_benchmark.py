@@ -8,26 +8,47 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from benchmarks.lab import data, scoring
 from benchmarks.lab.routing import reroute, routed
 from benchmarks.lab.tasks import Question, load_questions
 from benchmarks.lab.train import batches, schedule
+from moe_tta.lab.architectures import QWEN2_MOE
 
 from .conftest import TINY
 
 TOKENS = torch.arange(60).view(2, 30)
 
 
+def amplified(model):
+    for parameter in model.parameters():
+        parameter.data *= 5  # so that routing changes the output
+    return model.eval()
+
+
 @pytest.fixture
 def mixtral():
     torch.manual_seed(0)
     config = MixtralConfig(**TINY, num_local_experts=8, num_experts_per_tok=2)
-    model = MixtralForCausalLM(config).eval()
-    for parameter in model.parameters():
-        parameter.data *= 5  # so that routing changes the output
-    return model
+    return amplified(MixtralForCausalLM(config))
+
+
+@pytest.fixture
+def qwen2_moe():
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(**QWEN2_MOE.config_json(TINY, 8, 2))
+    return amplified(Qwen2MoeForCausalLM(config))
+
+
+@pytest.fixture(params=["mixtral", "qwen2_moe"])
+def moe(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -39,10 +60,10 @@ def words():
 
 
 @torch.inference_mode()
-def test_learned_routing_at_the_trained_k_changes_nothing(mixtral):
-    expected = mixtral(TOKENS).logits
-    with routed(mixtral, "learned", 2) as load:
-        found = mixtral(TOKENS).logits
+def test_learned_routing_at_the_trained_k_changes_nothing(moe):
+    expected = moe(TOKENS).logits
+    with routed(moe, "learned", 2) as load:
+        found = moe(TOKENS).logits
     torch.testing.assert_close(found, expected)
     assert load.sum(1).tolist() == [TOKENS.numel() * 2] * 2
 
@@ -51,15 +72,15 @@ def test_learned_routing_at_the_trained_k_changes_nothing(mixtral):
     ("routing", "k"), [("random", 2), ("inverted", 2), ("learned", 4)]
 )
 @torch.inference_mode()
-def test_other_routing_changes_the_output_and_ends(mixtral, routing, k):
-    expected = mixtral(TOKENS).logits
-    with routed(mixtral, routing, k):
-        changed = mixtral(TOKENS).logits
-    with routed(mixtral, routing, k):
-        again = mixtral(TOKENS).logits
+def test_other_routing_changes_the_output_and_ends(moe, routing, k):
+    expected = moe(TOKENS).logits
+    with routed(moe, routing, k):
+        changed = moe(TOKENS).logits
+    with routed(moe, routing, k):
+        again = moe(TOKENS).logits
     assert (changed - expected).abs().max() > 1e-3
     torch.testing.assert_close(changed, again)  # the noise is seeded
-    torch.testing.assert_close(mixtral(TOKENS).logits, expected)
+    torch.testing.assert_close(moe(TOKENS).logits, expected)
 
 
 def test_unknown_routing_is_refused(mixtral):

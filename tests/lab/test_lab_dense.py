@@ -7,7 +7,7 @@ import pytest
 from gguf import GGUFReader
 from tokenizers import Tokenizer
 
-from moe_tta.lab.dense import base_config, dense_tensors, unpermute
+from moe_tta.lab.dense import DenseTensors, base_config, unpermute
 from moe_tta.lab.tokenizer import write_tokenizer
 
 
@@ -42,12 +42,12 @@ def test_q4_1_is_dequantised_as_its_definition_says(reader):
     scale, minimum = block[:4].view(np.float16).astype(np.float32)
     nibbles = np.concatenate([block[4:] & 15, block[4:] >> 4])
     expected = nibbles.astype(np.float32) * scale + minimum
-    found = dense_tensors(reader)["model.layers.0.mlp.gate_proj.weight"]
+    found = DenseTensors(reader)["model.layers.0.mlp.gate_proj.weight"]
     assert np.array_equal(found[7, 96:128], expected)
 
 
 def test_every_tensor_has_the_shape_the_config_says(reader):
-    tensors, config = dense_tensors(reader), base_config(reader)
+    tensors, config = DenseTensors(reader), base_config(reader)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     keys = config["num_key_value_heads"] * config["head_dim"]
     assert len(tensors) == 2 + 9 * config["num_hidden_layers"]
