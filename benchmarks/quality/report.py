@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.overhead.models import Model
@@ -20,7 +21,11 @@ PATHS = ("data", "work", "out", "model")
 
 
 def write_result(
-    args: argparse.Namespace, model: Model, parts: dict[str, Answers], reference: Arm
+    args: argparse.Namespace,
+    model: Model,
+    parts: dict[str, Answers],
+    reference: Arm,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write a run's JSON file and print its table.
 
@@ -29,6 +34,7 @@ def write_result(
         model: The model.
         parts: Answers by the part's role, `tune` and `test`.
         reference: The arm that others are compared with.
+        more: Members of the file that only this command has; JSON types.
     """
     flags = {k: v for k, v in vars(args).items() if k not in PATHS}
     result = {
@@ -37,6 +43,7 @@ def write_result(
         "task": args.task,
         "reference": reference.name,
         "conditions": conditions(flags, model),
+        **more,
         **{role: answers.as_json(reference) for role, answers in parts.items()},
     }
     default = RESULTS / f"{args.command}-{model.name}-{args.task}.json"
