@@ -61,8 +61,9 @@ class ChoiceJudge:
     def facts(
         self, questions: Sequence[ChoiceQuestion], arm: Arm, journal: Journal
     ) -> dict[str, float]:
-        """Return the accuracy under each normalisation."""
-        return {
+        """Return the accuracy under each normalisation, and nats of right choices."""
+        right = [journal[(arm.name, q.id)][q.gold] for q in questions]
+        accuracies = {
             f"accuracy_{name}": sum(
                 likeliest(q, journal[(arm.name, q.id)], name) == q.gold
                 for q in questions
@@ -70,6 +71,7 @@ class ChoiceJudge:
             / len(questions)
             for name in ("raw", "per_char")
         }
+        return accuracies | {"gold_log_likelihood": sum(right) / len(right)}
 
 
 def likeliest(

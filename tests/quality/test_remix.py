@@ -26,7 +26,7 @@ from benchmarks.quality.remix.likelihoods import (
     prompt_of,
 )
 from benchmarks.quality.remix.methods import all_methods
-from benchmarks.quality.remix.references import AdapterEngine
+from benchmarks.quality.remix.references import AdapterEngine, without_passage
 from benchmarks.quality.remix.scorer import RemixScorer
 from benchmarks.quality.remix.sets import SETS
 from benchmarks.quality.remix.study import open_study
@@ -209,6 +209,11 @@ def batch(study, data):
     return Batch(study, load(task, task.test, data, 0, None, 0)[0])
 
 
+def test_a_passage_is_no_part_of_a_reference():
+    asked = "Question: why?\nAnswer:"
+    assert without_passage(f"A passage.\n{asked}") == asked == without_passage(asked)
+
+
 def test_references_are_the_other_sets_right_answers(study):
     counts = study.store.card.counts
     assert counts.questions == 32
@@ -219,7 +224,7 @@ def test_references_are_the_other_sets_right_answers(study):
 
 
 def test_updates_are_what_they_say(batch, study):
-    arms = {arm.name: arm for arm in all_methods(8, steps=3)}
+    arms = {arm.name: arm for arm in all_methods(8, 3, 1e-2)}
     assert tuple(arms) == NAMES
     store = study.store
     for place, question in enumerate(batch.questions):
@@ -250,7 +255,7 @@ def test_searches_lower_the_loss_they_search(batch):
         searched = batch.nearest.tail.loss(remix_methods._searched(batch))
         gold = batch.labels.loss(batch.own)
     assert (searched <= own).all()
-    scores = {arm.name: f(batch) for arm, f in all_methods(8, steps=3).items()}
+    scores = {arm.name: f(batch) for arm, f in all_methods(8, 3, 1e-2).items()}
     for place, question in enumerate(batch.questions):
         answer = question.gold
         size = len(question.choices[answer]) + 1
@@ -262,7 +267,7 @@ def test_searches_lower_the_loss_they_search(batch):
 
 
 def test_the_core_is_an_arm_where_it_is_smaller():
-    extra = {arm.name for arm in all_methods(64, 10)} - set(NAMES)
+    extra = {arm.name for arm in all_methods(64, 10, 1e-2)} - set(NAMES)
     assert extra == {"NGD core=20"}
 
 
@@ -285,10 +290,19 @@ def test_too_few_references_are_named(batch, study):
         _ = Batch(many, batch.questions).nearest
 
 
-@pytest.mark.parametrize("name", ["k", "layers", "steps"])
-def test_counts_are_checked(name):
-    args = Namespace(**{"k": 3, "layers": 2, "steps": 1, name: 0})
-    with pytest.raises(ValueError, match=f"expected --{name} from 1 to"):
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("k", 0, "from 1 to 64, got 0"),
+        ("layers", 5, "from 1 to 4, got 5"),
+        ("steps", 0, "from 1 to 1000, got 0"),
+        ("lr", 0.0, "above 0, got 0.0"),
+        ("lr", float("nan"), "above 0, got nan"),
+    ],
+)
+def test_numbers_are_checked(name, value, wanted):
+    args = Namespace(**{"k": 3, "layers": 2, "steps": 1, "lr": 0.1, name: value})
+    with pytest.raises(ValueError, match=f"expected --{name} {wanted}"):
         check_options(args, 4)
 
 
@@ -301,6 +315,8 @@ def test_the_command(byte_model, data, tmp_path, monkeypatch, capsys):
     assert tuple(tested) == NAMES
     assert all(arm["n"] == 4 == len(arm["right"]) for arm in tested.values())
     assert result["store"]["counts"]["questions"] == 32
+    oracle, plain = tested["oracle"], tested["plain"]
+    assert oracle["gold_log_likelihood"] > plain["gold_log_likelihood"]
     assert str(tmp_path) not in out.read_text()
     assert capsys.readouterr().out.count("| arc_easy |") == len(NAMES)
 

@@ -11,6 +11,7 @@ mode finding has alpha 0; the random references are ours.
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.overhead.models import Model
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from moe_tta.remix.store import Store
 
 # C3PO, arXiv 2504.07964
-LAST_LAYERS, STEPS = 5, 10
+LAST_LAYERS, STEPS, RATE = 5, 10, 1e-2
 MAX_STEPS = 1000
 
 
@@ -46,10 +47,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--layers", type=int, default=LAST_LAYERS, help="how many, from the last"
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="of gradient descent")
+    parser.add_argument("--lr", type=float, default=RATE, help="of the first step")
 
 
 def check_options(args: argparse.Namespace, num_layers: int) -> None:
-    """Refuse counts that are too small or too large.
+    """Refuse numbers that are too small or too large.
 
     Raises:
         ValueError: with what is expected.
@@ -58,6 +60,8 @@ def check_options(args: argparse.Namespace, num_layers: int) -> None:
     for name, most in ranges.items():
         if not 1 <= (given := getattr(args, name)) <= most:
             raise ValueError(f"expected --{name} from 1 to {most}, got {given}")
+    if not 0 < args.lr < math.inf:
+        raise ValueError(f"expected --lr above 0, got {args.lr}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -70,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     from benchmarks.quality.remix.study import open_study
 
     study = open_study(args, task)
-    methods = all_methods(model.shape.num_experts, args.steps)
+    methods = all_methods(model.shape.num_experts, args.steps, args.lr)
     judge = ChoiceJudge(lambda: RemixScorer(study, methods), task.normalisation)
     tested = ask(args, task, task.test, list(methods), judge)
     write_result(args, model, {"test": tested}, PLAIN, {"store": _about(study.store)})

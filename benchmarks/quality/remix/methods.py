@@ -32,15 +32,16 @@ Update = Callable[[Batch], torch.Tensor]  # [Q, layers, E] f32
 GIVEN = {"remix": {"distribution": "computed for each question"}}
 
 
-def all_methods(num_experts: int, steps: int) -> dict[Arm, Method]:
+def all_methods(num_experts: int, steps: int, lr: float) -> dict[Arm, Method]:
     """Return the arms, the plain model first.
 
     Args:
         num_experts: Of a layer. The core is an arm of its own where it is smaller.
         steps: Of gradient descent.
+        lr: Of its first step.
     """
-    every = GradientDescent(steps=steps, core=num_experts)
-    core = GradientDescent(steps=steps)
+    every = GradientDescent(steps=steps, lr=lr, core=num_experts)
+    core = GradientDescent(steps=steps, lr=lr)
     updates: dict[str, Update] = {
         "regression alpha=0": lambda batch: batch.nearest.mean,
         "regression alpha searched": _searched,

