@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -60,18 +60,16 @@ class ChoiceJudge:
 
     def facts(
         self, questions: Sequence[ChoiceQuestion], arm: Arm, journal: Journal
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Return the accuracy under each normalisation, and nats of right choices."""
-        right = [journal[(arm.name, q.id)][q.gold] for q in questions]
-        accuracies = {
-            f"accuracy_{name}": sum(
-                likeliest(q, journal[(arm.name, q.id)], name) == q.gold
-                for q in questions
-            )
+        scores = [journal[arm.name, question.id] for question in questions]
+        pairs = list(zip(questions, scores, strict=True))
+        found: dict[str, Any] = {
+            f"accuracy_{name}": sum(likeliest(q, s, name) == q.gold for q, s in pairs)
             / len(questions)
             for name in ("raw", "per_char")
         }
-        return accuracies | {"gold_log_likelihood": sum(right) / len(right)}
+        return found | {"gold_nats": [round(s[q.gold], 3) for q, s in pairs]}
 
 
 def likeliest(

@@ -37,8 +37,8 @@ class Judge(Protocol):
 
     def facts(
         self, questions: Sequence[Question], arm: Arm, journal: Journal
-    ) -> dict[str, float]:
-        """Return what else is reported of an arm."""
+    ) -> dict[str, Any]:
+        """Return what else is reported of an arm; JSON types."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Answers:
     ids: tuple[str, ...]
     files: dict[str, str]
     right: dict[Arm, np.ndarray]
-    facts: dict[Arm, dict[str, float]]
+    facts: dict[Arm, dict[str, Any]]
 
     def best(self, family: str) -> Arm:
         """Return a family's arm with the most right answers, the first of equals."""

@@ -13,31 +13,43 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
 
 from benchmarks.quality.__main__ import main, parser
+from benchmarks.quality.arms import Arm
 from benchmarks.quality.choices import likeliest
 from benchmarks.quality.commands.remix import check_options
 from benchmarks.quality.packing import encode
 from benchmarks.quality.remix import methods as remix_methods
+from benchmarks.quality.remix import updates
 from benchmarks.quality.remix.batch import Batch
 from benchmarks.quality.remix.likelihoods import (
     OverriddenQuestions,
+    log_likelihoods_from_last_prompt_token,
     plain_log_likelihoods,
     prompt_of,
 )
 from benchmarks.quality.remix.methods import all_methods
+from benchmarks.quality.remix.nearness import nearness
 from benchmarks.quality.remix.references import AdapterEngine, without_passage
 from benchmarks.quality.remix.scorer import RemixScorer
 from benchmarks.quality.remix.sets import SETS
 from benchmarks.quality.remix.study import open_study
+from benchmarks.quality.remix.variants import variants
 from benchmarks.quality.report import read_results
 from benchmarks.quality.tasks import TASKS, load
 from benchmarks.quality.tasks.question import ChoiceQuestion
 from moe_tta.adapter import AdapterModel, last_row_routing
 from moe_tta.remix.offline import as_request
 from moe_tta.remix.questions import Question
+from moe_tta.replica import routed
 from tests.plugin.engine import engine, sampling
-from tests.quality.test_scores import QUESTIONS, ROUNDING, num_answer_bytes
+from tests.quality.test_scores import (
+    QUESTIONS,
+    ROUNDING,
+    num_answer_bytes,
+    shape_of,
+)
 from tests.quality.test_tasks import olmes_request, write_requests
 
 ASKED = [QUESTIONS[0], QUESTIONS[2]]  # one prompt for all choices
@@ -138,6 +150,34 @@ def test_own_routing_scores_as_no_override(models, tokenizer):
         assert ((ours - torch.tensor(plain).double()).abs() <= bound).all()
 
 
+def test_generated_tokens_are_overridden_as_plans_say(
+    byte_model, models, tokenizer, given
+):
+    """The replica with the request's span is the reference, in float64."""
+    model, omega = models[torch.float64], torch.from_numpy(given)
+    texts = [encode(tokenizer, question) for question in ASKED]
+    found = log_likelihoods_from_last_prompt_token(model, texts, LAYERS, omega)
+    once = overridden(model, tokenizer, omega)
+    whole = AutoModelForCausalLM.from_pretrained(
+        byte_model, dtype=torch.float64, experts_implementation="eager"
+    )
+    shape = shape_of(byte_model)
+    for place, question in enumerate(ASKED):
+        member = as_request(LAYERS, given[place]) | {"span": "last_prompt+generated"}
+        plans = Arm("", "", {"remix": member}).compiled(shape).plans
+        starts, wanted = texts[place].starts, []
+        for sequence, start in zip(texts[place].sequences, starts, strict=True):
+            with torch.inference_mode(), routed(whole, shape, plans, start):
+                logits = whole(torch.tensor([sequence])).logits[0, start - 1 : -1]
+            targets = torch.tensor(sequence[start:])[:, None]
+            wanted.append(logits.log_softmax(-1).gather(1, targets).sum())
+        # distributions and weights of experts pass as float32
+        bound = ROUNDING * num_answer_bytes(question)
+        scores = torch.tensor(found[place], dtype=torch.float64)
+        assert ((scores - torch.stack(wanted)).abs() <= bound).all()
+        assert ((scores - once[place]).abs() > 100 * bound).all()
+
+
 def test_a_context_for_each_choice_is_refused(tokenizer):
     with pytest.raises(ValueError, match="one prompt for all choices"):
         prompt_of(encode(tokenizer, QUESTIONS[1]))
@@ -186,13 +226,14 @@ def data(tmp_path_factory):
     for name, part in SETS.items():
         write_requests(folder / part.files, made_questions(name, 16))
     write_requests(folder / TASKS["arc_easy"].test.files, made_questions("arc", 5))
+    write_requests(folder / TASKS["arc_easy"].tune.files, made_questions("cra", 4))
     return folder
 
 
 def command(byte_model, data, work, out):
     return (
         f"quality remix --model {byte_model} --data {data} --task arc_easy --test 4 "
-        f"--dtype float32 --k 2 --layers 2 --steps 3 --work {work} --out {out}"
+        f"--tune 3 --dtype float32 --k 2 --layers 2 --steps 3 --work {work} --out {out}"
     ).split()
 
 
@@ -252,7 +293,7 @@ def test_updates_are_what_they_say(batch, study):
 def test_searches_lower_the_loss_they_search(batch):
     with torch.no_grad():
         own = batch.nearest.tail.loss(batch.own)
-        searched = batch.nearest.tail.loss(remix_methods._searched(batch))
+        searched = batch.nearest.tail.loss(updates.searched(batch))
         gold = batch.labels.loss(batch.own)
     assert (searched <= own).all()
     scores = {arm.name: f(batch) for arm, f in all_methods(8, 3, 1e-2).items()}
@@ -264,6 +305,54 @@ def test_searches_lower_the_loss_they_search(batch):
         assert oracle > plain
     values = [tuple(map(tuple, scores[name])) for name in NAMES]
     assert len(set(values)) == len(NAMES)
+
+
+def test_one_setting_at_a_time_is_changed(batch, study):
+    """What is left as published scores the same; what is changed, by hand."""
+    published = {arm.name: f(batch) for arm, f in all_methods(8, 3, 1e-2).items()}
+    found = {arm.name: f(batch) for arm, f in variants(study, 3, 1e-2).items()}
+    assert found["plain"] == published["plain"]
+    assert found["regression"] == published["regression alpha=0"]
+    assert found["NGD"] == published["NGD"] == found["NGD steps=3"]
+    assert found["oracle"] == published["oracle"] == found["oracle steps=3"]
+    half = (batch.own + batch.nearest.mean) / 2
+    assert found["regression alpha=0.5"] == batch.choices.log_likelihoods(half)
+    nearest = torch.stack(
+        [torch.from_numpy(one.pathways[0]) for one in batch.nearest.borrowed]
+    )
+    assert found["regression k=1"] == batch.choices.log_likelihoods(nearest)
+    last = OverriddenQuestions(study.model, batch.encoded, LAYERS[1:])
+    mean = batch.nearest.mean[:, 1:]
+    assert found["regression layers=1"] == last.log_likelihoods(mean)
+    unlike = [name for name in found if not name.endswith("steps=3")]
+    scores = {name: tuple(map(tuple, found[name])) for name in unlike}
+    # unit embeddings: the inner product is the cosine
+    assert scores.pop("regression kernel=linear") == scores["regression kernel=cosine"]
+    assert len(set(scores.values())) == len(scores)
+
+
+def test_nearness_by_hand(batch, study):
+    found = list(nearness(batch))
+    assert len(found) == len(batch.questions)
+    for place, question in enumerate(batch.questions):
+        one, rows = found[place], batch.nearest.borrowed[place].rows
+        vector = study.embedder.embed(question.contexts[0])
+        vector = vector / np.linalg.norm(vector)
+        near = study.store.embeddings(rows) @ vector
+        # alone and in a batch: other rounding of float32 embeddings
+        assert abs(one.similarity - near.max()) <= 1e-5
+        labels = [study.store.question(int(row)).label for row in rows]
+        same = [label == question.choices[question.gold] for label in labels]
+        assert one.same_answer == sum(same) / 2
+        own, mean = batch.own[place], batch.nearest.mean[place]
+        moved, kept = 0.0, 0
+        for layer in range(2):
+            moved += float((own[layer] - mean[layer]).clamp_min(0).sum()) / 2
+            best = set(own[layer].argsort(descending=True)[:2].tolist())
+            kept += len(best & set(mean[layer].argsort(descending=True)[:2].tolist()))
+        assert abs(one.moved - moved) <= 1e-6
+        assert one.kept == kept / 4
+        assert one.moved_random != one.moved
 
 
 def test_the_core_is_an_arm_where_it_is_smaller():
@@ -315,8 +404,12 @@ def test_the_command(byte_model, data, tmp_path, monkeypatch, capsys):
     assert tuple(tested) == NAMES
     assert all(arm["n"] == 4 == len(arm["right"]) for arm in tested.values())
     assert result["store"]["counts"]["questions"] == 32
-    oracle, plain = tested["oracle"], tested["plain"]
-    assert oracle["gold_log_likelihood"] > plain["gold_log_likelihood"]
+    nats = (tested[name]["gold_nats"] for name in ("oracle", "plain"))
+    assert all(oracle > plain for oracle, plain in zip(*nats, strict=True))
+    assert len(result["neighbours"]["similarities"]) == 4
+    varied = [arm["name"] for arm in result["tune"]["arms"]]
+    assert len(varied) == len(set(varied)) == 26
+    assert all(arm["n"] == 3 for arm in result["tune"]["arms"])
     assert str(tmp_path) not in out.read_text()
     assert capsys.readouterr().out.count("| arc_easy |") == len(NAMES)
 
@@ -325,6 +418,7 @@ def test_the_command(byte_model, data, tmp_path, monkeypatch, capsys):
     assert main() == 0
     (again,) = read_results([out])
     assert again["test"] == result["test"]
+    assert again["tune"] == result["tune"]
 
     # other references do not mix with these
     monkeypatch.setattr("sys.argv", [*command(byte_model, data, work, out), "--k=1"])

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Neighbour re-mixing against the plain model, in-context examples and an oracle.
 
-The published settings are tested as they are: nothing is tuned.
+The published settings are tested as they are: nothing is tuned. On the tuning part one
+setting at a time is changed, to see what they do.
 
 Source: C3PO, arXiv 2504.07964, section 4.
 Differs: MiniLM embeds, as in the released code, where the paper names NV-Embed-V2;
@@ -16,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.overhead.models import Model
 from benchmarks.quality import options
-from benchmarks.quality.arms import PLAIN
+from benchmarks.quality.arms import PLAIN, Arm
 from benchmarks.quality.choices import ChoiceJudge
 from benchmarks.quality.commands.command import Command
 from benchmarks.quality.remix.sets import REFERENCES
 from benchmarks.quality.report import write_result
-from benchmarks.quality.study import ask
-from benchmarks.quality.tasks import find_task
+from benchmarks.quality.study import Answers, ask
+from benchmarks.quality.tasks import Part, find_task, load
 from moe_tta.remix.lookup import DEFAULT_K, MAX_NEIGHBOURS
 from moe_tta.remix.weights import BY_DISTANCE
 
 if TYPE_CHECKING:
+    from benchmarks.quality.remix.methods import Method
     from moe_tta.remix.store import Store
 
 # C3PO, arXiv 2504.07964
@@ -38,6 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what the method has."""
     options.add_study(parser, REFERENCES)
     parser.set_defaults(shots=0)
+    parser.add_argument(
+        "--tune", type=int, default=0, help="questions to change settings on"
+    )
     parser.add_argument(
         "--references", type=int, help="questions of each reference set; default all"
     )
@@ -70,14 +75,24 @@ def run(args: argparse.Namespace) -> None:
     check_options(args, len(model.shape.layers))
     # torch and transformers: not for the other commands
     from benchmarks.quality.remix.methods import all_methods
+    from benchmarks.quality.remix.nearness import describe
     from benchmarks.quality.remix.scorer import RemixScorer
     from benchmarks.quality.remix.study import open_study
+    from benchmarks.quality.remix.variants import variants
 
     study = open_study(args, task)
-    methods = all_methods(model.shape.num_experts, args.steps, args.lr)
-    judge = ChoiceJudge(lambda: RemixScorer(study, methods), task.normalisation)
-    tested = ask(args, task, task.test, list(methods), judge)
-    write_result(args, model, {"test": tested}, PLAIN, {"store": _about(study.store)})
+
+    def asked(part: Part, methods: dict[Arm, Method]) -> Answers:
+        judge = ChoiceJudge(lambda: RemixScorer(study, methods), task.normalisation)
+        return ask(args, task, part, list(methods), judge)
+
+    published = all_methods(model.shape.num_experts, args.steps, args.lr)
+    parts = {"test": asked(task.test, published)}
+    if args.tune:
+        parts["tune"] = asked(task.tune, variants(study, args.steps, args.lr))
+    questions, _ = load(task, task.test, args.data, args.shots, args.test, args.seed)
+    more = {"store": _about(study.store), "neighbours": describe(study, questions)}
+    write_result(args, model, parts, PLAIN, more)
 
 
 def _about(store: Store) -> dict[str, Any]:

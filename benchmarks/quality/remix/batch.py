@@ -17,6 +17,7 @@ from benchmarks.quality.remix.study import Study
 from benchmarks.quality.tasks.question import ChoiceQuestion
 from moe_tta.adapter import Neighbour, NeighbourTail, last_row_routing
 from moe_tta.remix.embed import unit
+from moe_tta.remix.lookup import LookUp
 from moe_tta.remix.offline import borrow
 from moe_tta.remix.questions import Question
 from moe_tta.remix.updates import Borrowed, regress
@@ -107,16 +108,23 @@ class Batch:
     @cached_property
     def nearest(self) -> Group:
         """Each question's neighbours by its text's embedding."""
+        return self.neighbours(self.study.look_up)
+
+    def neighbours(self, how: LookUp) -> Group:
+        """Look each question's text up.
+
+        Raises:
+            ValueError: a question has fewer than `how.k` neighbours.
+        """
         study = self.study
         texts = [question.contexts[0] for question in self.questions]
         vectors, _ = unit(study.embedder.embed_all(texts))
         found = tuple(
-            borrow(study.store, vector, study.look_up, study.layers)
-            for vector in vectors
+            borrow(study.store, vector, how, study.layers) for vector in vectors
         )
-        if any(one is None or len(one.rows) < study.look_up.k for one in found):
+        if any(one is None or len(one.rows) < how.k for one in found):
             raise ValueError(
-                f"expected {study.look_up.k} references for every question, the store "
+                f"expected {how.k} references for every question, the store "
                 f"holds {len(study.store)}"
             )
         return Group(study, found)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from benchmarks.quality.packing import Encoded, pack, sums_by_choice
 from moe_tta.adapter import AdapterModel, Neighbour, NeighbourTail
 from moe_tta.adapter.loss import token_nll
+from moe_tta.adapter.routing import LayerEdit
 
 Scores = list[list[float]]  # nats, by question and choice
 
@@ -34,13 +35,49 @@ def plain_log_likelihoods(model: AdapterModel, questions: Sequence[Encoded]) -> 
     Raises:
         ValueError: the model attends within a window, which packing does not know.
     """
+    return _packed_log_likelihoods(model, questions, {})
+
+
+@torch.no_grad()
+def log_likelihoods_from_last_prompt_token(
+    model: AdapterModel,
+    questions: Sequence[Encoded],
+    layers: Sequence[int],
+    omega: torch.Tensor,
+) -> Scores:
+    """Score questions where the answers' tokens get the given distributions too.
+
+    Source: C3PO's released code (arXiv 2504.07964), which overrides the last position
+    of every call; the request's span "last_prompt+generated".
+
+    Args:
+        model: The adapter.
+        questions: Q of them, each with one prompt.
+        layers: Decoder layers whose distribution is given.
+        omega: [Q, len(layers), E] f32.
+    """
+    slots = []
+    for place, question in enumerate(questions, start=1):
+        before = len(prompt_of(question)) - 1
+        slots += [0] * before + [place] * (question.num_tokens - before)
+    rows = torch.tensor(slots, device=model.device)
+    edits = {
+        number: LayerEdit(rows, target=omega[:, index])
+        for index, number in enumerate(layers)
+    }
+    return _packed_log_likelihoods(model, questions, edits)
+
+
+def _packed_log_likelihoods(
+    model: AdapterModel, questions: Sequence[Encoded], edits: Mapping[int, LayerEdit]
+) -> Scores:
     if getattr(model.config, "sliding_window", None):
         raise ValueError("expected a model without sliding-window attention")
     packed = pack(questions)
     hidden = model.embed(packed.tokens.to(model.device))
     positions = packed.positions.to(model.device)
     shared = model.shared(hidden, positions, packed.visible.to(model.device))
-    hidden = model.run(hidden, range(model.config.num_hidden_layers), shared, {})
+    hidden = model.run(hidden, range(model.config.num_hidden_layers), shared, edits)
     rows = hidden[0, packed.predictors.to(model.device)]
     nll = token_nll(model, rows, packed.targets.to(model.device))
     return _by_question(sums_by_choice(-nll, packed), packed.sizes)

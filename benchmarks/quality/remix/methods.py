@@ -2,31 +2,22 @@
 """The arms: from a batch of questions to their choices' scores.
 
 Each update gives the last prompt tokens' distributions; the choices are then scored
-under them. `IN_CONTEXT` changes the prompt instead.
+under them. `in_context` changes the prompt instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-import torch
-
 from benchmarks.quality.arms import PLAIN, Arm
 from benchmarks.quality.packing import encode
+from benchmarks.quality.remix import updates
 from benchmarks.quality.remix.batch import Batch
 from benchmarks.quality.remix.likelihoods import Scores, plain_log_likelihoods
 from benchmarks.quality.tasks.question import ChoiceQuestion
-from moe_tta.adapter import (
-    GradientDescent,
-    NeighbourTail,
-    descend_neighbours,
-    search_alpha,
-)
-from moe_tta.remix.offline import find_mode
+from moe_tta.adapter import GradientDescent
 
 Method = Callable[[Batch], Scores]
-Update = Callable[[Batch], torch.Tensor]  # [Q, layers, E] f32
 
 # what a request would carry; the distribution is another one for every question
 GIVEN = {"remix": {"distribution": "computed for each question"}}
@@ -42,30 +33,35 @@ def all_methods(num_experts: int, steps: int, lr: float) -> dict[Arm, Method]:
     """
     every = GradientDescent(steps=steps, lr=lr, core=num_experts)
     core = GradientDescent(steps=steps, lr=lr)
-    updates: dict[str, Update] = {
-        "regression alpha=0": lambda batch: batch.nearest.mean,
-        "regression alpha searched": _searched,
-        "mode finding": _mode,
-        "NGD": lambda batch: _descended(batch.nearest.tail, batch.own, every),
+    found = {
+        PLAIN: scored(updates.own),
+        Arm("in context", "in context", {}): in_context,
+        given("regression alpha=0"): scored(updates.regression),
+        given("regression alpha searched"): scored(updates.searched),
+        given("mode finding"): scored(updates.mode),
+        given("NGD"): scored(updates.descent(every)),
     }
     if core.core < num_experts:
-        updates[f"NGD core={core.core}"] = lambda batch: _descended(
-            batch.nearest.tail, batch.own, core
-        )
-    updates |= {
-        "random references regression": lambda batch: batch.random.mean,
-        "random references NGD": lambda batch: _descended(
-            batch.random.tail, batch.own, every
-        ),
-        "oracle": lambda batch: _descended(batch.labels, batch.own, every),
+        found[given(f"NGD core={core.core}")] = scored(updates.descent(core))
+    return found | {
+        given("random references regression"): scored(updates.random_regression),
+        given("random references NGD"): scored(updates.random_descent(every)),
+        given("oracle"): scored(updates.oracle(every)),
     }
-    overrides = {Arm(name, name, GIVEN): _scored(u) for name, u in updates.items()}
-    plain = {PLAIN: _scored(lambda batch: batch.own)}
-    return plain | {Arm("in context", "in context", {}): in_context} | overrides
+
+
+def given(name: str) -> Arm:
+    """An arm whose requests carry a distribution."""
+    return Arm(name, name, GIVEN)
+
+
+def scored(update: updates.Update) -> Method:
+    """Score choices under an update's distributions at the last prompt token."""
+    return lambda batch: batch.choices.log_likelihoods(update(batch))
 
 
 def in_context(batch: Batch) -> Scores:
-    """Score the choices after the neighbours' questions and answers, nearest last."""
+    """Score choices after the neighbours' questions and answers, the nearest last."""
     prompted = []
     for question, solved in zip(batch.questions, batch.nearest.questions, strict=True):
         head = "".join(f"{one.prompt} {one.label}\n\n" for one in reversed(solved))
@@ -74,35 +70,3 @@ def in_context(batch: Batch) -> Scores:
         prompted.append(encode(batch.study.tokenizer, longer))
     model = batch.study.model
     return [plain_log_likelihoods(model, [one])[0] for one in prompted]
-
-
-def _scored(update: Update) -> Method:
-    return lambda batch: batch.choices.log_likelihoods(update(batch))
-
-
-def _searched(batch: Batch) -> torch.Tensor:
-    return search_alpha(batch.nearest.tail, batch.own, batch.nearest.mean).omega
-
-
-def _mode(batch: Batch) -> torch.Tensor:
-    study = batch.study
-    modes = [
-        find_mode(
-            study.store,
-            own,
-            study.layers,
-            k=study.look_up.k,
-            kernel=study.look_up.kernel,
-        )
-        for own in batch.own.cpu().numpy()
-    ]
-    return torch.from_numpy(np.stack(modes).astype(np.float32))
-
-
-def _descended(
-    tail: NeighbourTail, own: torch.Tensor, settings: GradientDescent
-) -> torch.Tensor:
-    done = descend_neighbours(tail, own, settings)
-    if not done.finite.all():
-        raise FloatingPointError("gradient descent on the answers' loss: not finite")
-    return done.omega
