@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from scipy.special import logsumexp
 from tqdm import tqdm
 
 from benchmarks.quality.arms import Arm
@@ -61,7 +62,11 @@ class ChoiceJudge:
     def facts(
         self, questions: Sequence[ChoiceQuestion], arm: Arm, journal: Journal
     ) -> dict[str, Any]:
-        """Return the accuracy under each normalisation, and nats of right choices."""
+        """Return accuracies by normalisation, and what right choices have in nats.
+
+        `gold_nats` are their log-likelihoods, `share_nats` the logarithms of their
+        shares of all choices' likelihood.
+        """
         scores = [journal[arm.name, question.id] for question in questions]
         pairs = list(zip(questions, scores, strict=True))
         found: dict[str, Any] = {
@@ -69,7 +74,12 @@ class ChoiceJudge:
             / len(questions)
             for name in ("raw", "per_char")
         }
-        return found | {"gold_nats": [round(s[q.gold], 3) for q, s in pairs]}
+        gold = [s[q.gold] for q, s in pairs]
+        total = [float(logsumexp(s)) for s in scores]
+        share = [g - t for g, t in zip(gold, total, strict=True)]
+        found["gold_nats"] = [round(value, 3) for value in gold]
+        found["share_nats"] = [round(value, 3) for value in share]
+        return found
 
 
 def likeliest(

@@ -10,14 +10,22 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from benchmarks.overhead.models import Model
 from benchmarks.overhead.record import conditions
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.options import RESULTS
+from benchmarks.quality.statistics import compare
 from benchmarks.quality.study import Answers
 
 # options whose values are machine paths and say nothing about the result
 PATHS = ("data", "work", "out", "model")
+# lists [n] of each arm of multiple choice
+NATS = {
+    "gold_nats": "log-likelihood of the right choice, nats",
+    "share_nats": "log of the right choice's share of all choices, nats",
+}
 
 
 def write_result(
@@ -88,6 +96,38 @@ def table(results: list[dict[str, Any]], role: str = "test") -> list[str]:
     return lines
 
 
+def nats_table(
+    results: list[dict[str, Any]], which: str, role: str = "test"
+) -> list[str]:
+    """Return the lines of a table of right choices' log-likelihoods.
+
+    They move where no answer changes, and so tell small effects that accuracy hides.
+
+    Args:
+        results: As read; of multiple choice.
+        which: A name of `NATS`.
+        role: `test` or `tune`.
+    """
+    lines = [
+        f"| task | arm | n | {NATS[which]} | minus reference |",
+        "|---|---|---|---|---|",
+    ]
+    for result in results:
+        nats = {arm["name"]: np.array(arm[which]) for arm in result[role]["arms"]}
+        reference = nats[result["reference"]]
+        for name, values in nats.items():
+            cells = [result["task"], name, str(len(values)), f"{values.mean():.3f}", ""]
+            if name != result["reference"]:
+                cells[-1] = _difference(compare(values, reference))
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _difference(against: dict[str, Any]) -> str:
+    low, high = against["low"], against["high"]
+    return f"{against['difference']:+.3f} ({low:+.3f}, {high:+.3f})"
+
+
 def _row(result: dict[str, Any], arm: dict[str, Any], role: str) -> str:
     against = arm["against_reference"]
     score = f"{arm['accuracy']:.3f} ({arm['low']:.3f}, {arm['high']:.3f})"
@@ -95,8 +135,7 @@ def _row(result: dict[str, Any], arm: dict[str, Any], role: str) -> str:
     if arm["name"] == result["reference"]:
         cells += ["", "", ""]
     else:
-        low, high = against["low"], against["high"]
-        cells.append(f"{against['difference']:+.3f} ({low:+.3f}, {high:+.3f})")
+        cells.append(_difference(against))
         binary = "p" in against
         cells.append(f"{against['won']}, {against['lost']}" if binary else "")
         cells.append(f"{against['p']:.2g}" if binary else "")
