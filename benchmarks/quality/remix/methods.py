@@ -45,7 +45,6 @@ def all_methods(num_experts: int, steps: int, lr: float) -> dict[Arm, Method]:
         found[given(f"NGD core={core.core}")] = scored(updates.descent(core))
     return found | {
         given("random references regression"): scored(updates.random_regression),
-        given("random references NGD"): scored(updates.random_descent(every)),
         given("oracle"): scored(updates.oracle(every)),
     }
 

@@ -41,6 +41,7 @@ def variants(study: Study, steps: int, lr: float) -> dict[Arm, Method]:
         given("regression"): scored(updates.regression),
         given("NGD"): scored(updates.descent(every)),
         given("oracle"): scored(updates.oracle(every)),
+        given("random references NGD"): scored(updates.random_descent(every)),
         given("regression alpha=0.5"): scored(updates.blended(0.5)),
         given("regression span=last_prompt+generated"): _generated_too,
     }
