@@ -232,7 +232,8 @@ def data(tmp_path_factory):
 def command(byte_model, data, work, out):
     return (
         f"quality remix --model {byte_model} --data {data} --task arc_easy --test 4 "
-        f"--tune 3 --dtype float32 --k 2 --layers 2 --steps 3 --work {work} --out {out}"
+        f"--tune 3 --neighbours --dtype float32 --k 2 --layers 2 --steps 3 "
+        f"--work {work} --out {out}"
     ).split()
 
 

@@ -44,6 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--tune", type=int, default=0, help="questions to change settings on"
     )
     parser.add_argument(
+        "--neighbours", action="store_true", help="report how near neighbours are"
+    )
+    parser.add_argument(
         "--references", type=int, help="questions of each reference set; default all"
     )
     parser.add_argument("--k", type=int, default=DEFAULT_K, help="neighbours")
@@ -90,8 +93,10 @@ def run(args: argparse.Namespace) -> None:
     parts = {"test": asked(task.test, published)}
     if args.tune:
         parts["tune"] = asked(task.tune, variants(study, args.steps, args.lr))
-    questions, _ = load(task, task.test, args.data, args.shots, args.test, args.seed)
-    more = {"store": _about(study.store), "neighbours": describe(study, questions)}
+    more = {"store": _about(study.store)}
+    if args.neighbours:
+        asked_of = load(task, task.test, args.data, args.shots, args.test, args.seed)
+        more["neighbours"] = describe(study, asked_of[0])
     write_result(args, model, parts, PLAIN, more)
 
 

@@ -22,6 +22,8 @@ from moe_tta.remix.offline import find_mode
 
 Update = Callable[[Batch], torch.Tensor]
 
+SEARCHED = 6  # alphas on each of two grids: steps of 0.2, then of 0.08
+
 
 def own(batch: Batch) -> torch.Tensor:
     """The model's own routing."""
@@ -40,7 +42,8 @@ def blended(alpha: float) -> Update:
 
 def searched(batch: Batch) -> torch.Tensor:
     """Kernel regression with the alpha that costs the neighbours' answers least."""
-    return search_alpha(batch.nearest.tail, batch.own, batch.nearest.mean).omega
+    near = batch.nearest
+    return search_alpha(near.tail, batch.own, near.mean, SEARCHED).omega
 
 
 def mode(batch: Batch) -> torch.Tensor:
