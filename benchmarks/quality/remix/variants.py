@@ -21,8 +21,8 @@ from moe_tta.remix.weights import KERNELS
 
 NEIGHBOURS = (1, 10)
 LAYERS = (1, 10)
-RATES = (0.1, 1.0)
-ALL_STEPS = (3, 30)
+RATES = (0.1, 1.0, 10.0)
+ALL_STEPS = (3, 20)
 CORE_SHARE = 20 / 64  # C3PO's core experts, of OLMoE's and DeepSeekMoE's
 
 
@@ -45,7 +45,8 @@ def variants(study: Study, steps: int, lr: float) -> dict[Arm, Method]:
         given("regression alpha=0.5"): scored(updates.blended(0.5)),
         given("regression span=last_prompt+generated"): _generated_too,
     }
-    return found | _by_neighbours(study, every) | _by_layers(study) | _by_rule(every)
+    found |= _by_neighbours(study, every) | _by_layers(study, every)
+    return found | _by_rule(every)
 
 
 def _by_neighbours(study: Study, every: GradientDescent) -> dict[Arm, Method]:
@@ -69,14 +70,17 @@ def _descent(how: LookUp, rule: GradientDescent) -> updates.Update:
     return lambda batch: updates.descended(batch.neighbours(how).tail, batch.own, rule)
 
 
-def _by_layers(study: Study) -> dict[Arm, Method]:
+def _by_layers(study: Study, every: GradientDescent) -> dict[Arm, Method]:
     all_layers = study.model.shape.layers
-    counts = [n for n in (*LAYERS, len(all_layers)) if n <= len(all_layers)]
+    methods = {
+        "regression": scored(updates.regression),
+        "oracle": scored(updates.oracle(every)),
+    }
     return {
-        given(f"regression layers={count}"): _in_layers(
-            scored(updates.regression), all_layers[-count:]
-        )
-        for count in counts
+        given(f"{name} layers={n}"): _in_layers(method, all_layers[-n:])
+        for n in (*LAYERS, len(all_layers))
+        if n <= len(all_layers)
+        for name, method in methods.items()
     }
 
 
