@@ -107,13 +107,19 @@ def nats_table(
         results: As read; of multiple choice.
         which: A name of `NATS`.
         role: `test` or `tune`.
+
+    Raises:
+        ValueError: a result does not have them.
     """
     lines = [
         f"| task | arm | n | {NATS[which]} | minus reference |",
         "|---|---|---|---|---|",
     ]
     for result in results:
-        nats = {arm["name"]: np.array(arm[which]) for arm in result[role]["arms"]}
+        arms = result[role]["arms"]
+        if any(which not in arm for arm in arms):
+            raise ValueError(f"the result of {result['task']} has no {which}")
+        nats = {arm["name"]: np.array(arm[which]) for arm in arms}
         reference = nats[result["reference"]]
         for name, values in nats.items():
             cells = [result["task"], name, str(len(values)), f"{values.mean():.3f}", ""]

@@ -192,6 +192,8 @@ def test_nats_table_by_hand():
         "| piqa | plain | 2 | -2.000 |  |",
         "| piqa | other | 2 | -1.750 | +0.250 (-0.500, +1.000) |",
     ]
+    with pytest.raises(ValueError, match="piqa has no share_nats"):
+        nats_table([result], "share_nats")
 
 
 def test_a_panel_for_each_task_and_a_line_for_each_weak_routing():
