@@ -370,7 +370,9 @@ def test_in_context_by_hand(batch, tokenizer):
     contexts = (head + question.contexts[0],) * 2
     whole = ChoiceQuestion("", contexts, question.choices, 0)
     (wanted,) = plain_log_likelihoods(batch.study.model, [encode(tokenizer, whole)])
-    assert found[0] == wanted
+    # packed with other questions
+    apart = (torch.tensor(found[0]) - torch.tensor(wanted)).abs()
+    assert (apart <= ROUNDING * num_answer_bytes(question)).all()
 
 
 def test_too_few_references_are_named(batch, study):

@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.quality.arms import PLAIN, Arm
-from benchmarks.quality.packing import encode
+from benchmarks.quality.packing import encode, packs
 from benchmarks.quality.remix import updates
 from benchmarks.quality.remix.batch import Batch
-from benchmarks.quality.remix.likelihoods import Scores, plain_log_likelihoods
+from benchmarks.quality.remix.likelihoods import (
+    PACK_TOKENS,
+    Scores,
+    plain_log_likelihoods,
+)
 from benchmarks.quality.tasks.question import ChoiceQuestion
 from moe_tta.adapter import GradientDescent
 
@@ -67,5 +71,8 @@ def in_context(batch: Batch) -> Scores:
         contexts = tuple(head + context for context in question.contexts)
         longer = ChoiceQuestion(question.id, contexts, question.choices, question.gold)
         prompted.append(encode(batch.study.tokenizer, longer))
-    model = batch.study.model
-    return [plain_log_likelihoods(model, [one])[0] for one in prompted]
+    scores: Scores = []
+    for group in packs(prompted, PACK_TOKENS):  # in their order
+        some = [prompted[index] for index in group]
+        scores += plain_log_likelihoods(batch.study.model, some)
+    return scores

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from benchmarks.quality.packing import Encoded, encode, packs
-from benchmarks.quality.remix.likelihoods import plain_log_likelihoods
+from benchmarks.quality.remix.likelihoods import PACK_TOKENS, plain_log_likelihoods
 from benchmarks.quality.remix.sets import REFERENCES, SETS
 from benchmarks.quality.tasks import Task, load, olmes
 from benchmarks.quality.tasks.question import ChoiceQuestion
@@ -25,7 +25,6 @@ from moe_tta.remix.questions import Question, Score, chosen
 from moe_tta.remix.shards import sha256
 from moe_tta.remix.store import Store, load_store
 
-PACK_TOKENS = 512  # attention is quadratic in these
 PROMPTS = 16  # recorded at once
 
 
