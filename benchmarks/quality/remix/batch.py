@@ -64,7 +64,7 @@ class Group:
         return encode(self.study.tokenizer, labelled)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Q questions.
 

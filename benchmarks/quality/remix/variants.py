@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 from benchmarks.quality.arms import PLAIN, Arm
 from benchmarks.quality.remix import updates
@@ -19,7 +21,7 @@ from moe_tta.adapter import GradientDescent
 from moe_tta.remix.lookup import LookUp
 from moe_tta.remix.weights import KERNELS
 
-NEIGHBOURS = (1, 10)
+NEIGHBOURS = (1, 5)
 LAYERS = (1, 10)
 RATES = (0.1, 1.0, 10.0)
 ALL_STEPS = (3, 20)
@@ -72,16 +74,25 @@ def _descent(how: LookUp, rule: GradientDescent) -> updates.Update:
 
 def _by_layers(study: Study, every: GradientDescent) -> dict[Arm, Method]:
     all_layers = study.model.shape.layers
-    methods = {
-        "regression": scored(updates.regression),
-        "oracle": scored(updates.oracle(every)),
-    }
-    return {
-        given(f"{name} layers={n}"): _in_layers(method, all_layers[-n:])
-        for n in (*LAYERS, len(all_layers))
-        if n <= len(all_layers)
-        for name, method in methods.items()
-    }
+    found = {}
+    for count in (*LAYERS, len(all_layers)):
+        if count <= len(all_layers):
+            within = _within(all_layers[-count:])
+            found |= {
+                given(f"regression layers={count}"): within(updates.regression),
+                given(f"oracle layers={count}"): within(updates.oracle(every)),
+            }
+    return found
+
+
+def _within(layers: tuple[int, ...]) -> Callable[[updates.Update], Method]:
+    """Methods that cover other layers; they share what is cached of a batch."""
+
+    @lru_cache(maxsize=1)
+    def other(batch: Batch) -> Batch:
+        return Batch(replace(batch.study, layers=layers), batch.questions)
+
+    return lambda update: lambda batch: scored(update)(other(batch))
 
 
 def _by_rule(every: GradientDescent) -> dict[Arm, Method]:
@@ -102,12 +113,6 @@ def _by_rule(every: GradientDescent) -> dict[Arm, Method]:
 
 def _name(change: dict[str, float]) -> str:
     return ", ".join(f"{key}={value}" for key, value in change.items())
-
-
-def _in_layers(method: Method, layers: tuple[int, ...]) -> Method:
-    return lambda batch: method(
-        Batch(replace(batch.study, layers=layers), batch.questions)
-    )
 
 
 def _generated_too(batch: Batch) -> Scores:
