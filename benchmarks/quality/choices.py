@@ -39,7 +39,7 @@ class ChoiceJudge:
     def answer(
         self, questions: Sequence[ChoiceQuestion], arms: Sequence[Arm], journal: Journal
     ) -> None:
-        """Score the questions that lack an arm."""
+        """Score the questions that lack an arm, under the arms that some lack."""
         todo = [
             question
             for question in questions
@@ -47,8 +47,13 @@ class ChoiceJudge:
         ]
         if not todo:
             return
+        lacked = [
+            arm
+            for arm in arms
+            if any((arm.name, question.id) not in journal for question in todo)
+        ]
         self.scorer = self.scorer or self.make_scorer()
-        scored = self.scorer.score(todo, arms)
+        scored = self.scorer.score(todo, lacked)
         for index, scores in tqdm(scored, journal.path.stem, len(todo)):
             for arm, values in scores.items():
                 if (arm.name, todo[index].id) not in journal:

@@ -63,6 +63,9 @@ NAMES = (
     "NGD",
     "random references regression",
     "oracle",
+    "NGD lr=10.0",
+    "random references NGD lr=10.0",
+    "oracle lr=10.0",
 )
 WORDS = ("ice", "salt", "rain", "moss", "wolf", "iron", "leaf", "wind", "clay", "star")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Neighbour re-mixing against the plain model, in-context examples and an oracle.
 
-The published settings are tested as they are: nothing is tuned. On the tuning part one
-setting at a time is changed, to see what they do.
+The published settings are tested as they are, and gradient descent also at a rate that
+was chosen on a tuning part: there one setting at a time is changed.
 
 Source: C3PO, arXiv 2504.07964, section 4.
 Differs: MiniLM embeds, as in the released code, where the paper names NV-Embed-V2;

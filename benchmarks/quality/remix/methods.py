@@ -8,6 +8,7 @@ under them. `in_context` changes the prompt instead.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from benchmarks.quality.arms import PLAIN, Arm
 from benchmarks.quality.packing import encode, packs
@@ -20,6 +21,9 @@ from benchmarks.quality.remix.likelihoods import (
 )
 from benchmarks.quality.tasks.question import ChoiceQuestion
 from moe_tta.adapter import GradientDescent
+
+# chosen among 0.01, 0.1, 1 and 10 on ARC-Easy's validation part: docs/quality.md
+TUNED_RATE = 10.0
 
 Method = Callable[[Batch], Scores]
 
@@ -47,9 +51,25 @@ def all_methods(num_experts: int, steps: int, lr: float) -> dict[Arm, Method]:
     }
     if core.core < num_experts:
         found[given(f"NGD core={core.core}")] = scored(updates.descent(core))
-    return found | {
-        given("random references regression"): scored(updates.random_regression),
-        given("oracle"): scored(updates.oracle(every)),
+    return (
+        found
+        | {
+            given("random references regression"): scored(updates.random_regression),
+            given("oracle"): scored(updates.oracle(every)),
+        }
+        | _at_rate(replace(every, lr=TUNED_RATE))
+    )
+
+
+def _at_rate(rule: GradientDescent) -> dict[Arm, Method]:
+    descents = {
+        "NGD": updates.descent(rule),
+        "random references NGD": updates.random_descent(rule),
+        "oracle": updates.oracle(rule),
+    }
+    return {
+        given(f"{name} lr={rule.lr}"): scored(update)
+        for name, update in descents.items()
     }
 
 
