@@ -235,8 +235,8 @@ def data(tmp_path_factory):
 def command(byte_model, data, work, out):
     return (
         f"quality remix --model {byte_model} --data {data} --task arc_easy --test 4 "
-        f"--tune 3 --neighbours --dtype float32 --k 2 --layers 2 --steps 3 "
-        f"--work {work} --out {out}"
+        f"--tune 3 --neighbours --more-rates 10 --dtype float32 --k 2 --layers 2 "
+        f"--steps 3 --work {work} --out {out}"
     ).split()
 
 
@@ -268,7 +268,7 @@ def test_references_are_the_other_sets_right_answers(study):
 
 
 def test_updates_are_what_they_say(batch, study):
-    arms = {arm.name: arm for arm in all_methods(8, 3, 1e-2)}
+    arms = {arm.name: arm for arm in all_methods(8, 3, 1e-2, [10.0])}
     assert tuple(arms) == NAMES
     store = study.store
     for place, question in enumerate(batch.questions):
@@ -299,7 +299,8 @@ def test_searches_lower_the_loss_they_search(batch):
         searched = batch.nearest.tail.loss(updates.searched(batch))
         gold = batch.labels.loss(batch.own)
     assert (searched <= own).all()
-    scores = {arm.name: f(batch) for arm, f in all_methods(8, 3, 1e-2).items()}
+    methods = all_methods(8, 3, 1e-2, [10.0])
+    scores = {arm.name: f(batch) for arm, f in methods.items()}
     for place, question in enumerate(batch.questions):
         answer = question.gold
         size = len(question.choices[answer]) + 1
@@ -392,11 +393,13 @@ def test_too_few_references_are_named(batch, study):
         ("steps", 0, "from 1 to 1000, got 0"),
         ("lr", 0.0, "above 0, got 0.0"),
         ("lr", float("nan"), "above 0, got nan"),
+        ("more_rates", [1.0, -1.0], "above 0, got -1.0"),
     ],
 )
 def test_numbers_are_checked(name, value, wanted):
-    args = Namespace(**{"k": 3, "layers": 2, "steps": 1, "lr": 0.1, name: value})
-    with pytest.raises(ValueError, match=f"expected --{name} {wanted}"):
+    right = {"k": 3, "layers": 2, "steps": 1, "lr": 0.1, "more_rates": [1.0]}
+    args = Namespace(**right | {name: value})
+    with pytest.raises(ValueError, match=f"expected .* {wanted}"):
         check_options(args, 4)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Neighbour re-mixing against the plain model, in-context examples and an oracle.
 
-The published settings are tested as they are, and gradient descent also at a rate that
-was chosen on a tuning part: there one setting at a time is changed.
+The published settings are tested as they are. On the tuning part one setting at a time
+is changed, to see what they do; `--more-rates` tests gradient descent at other rates.
 
 Source: C3PO, arXiv 2504.07964, section 4.
 Differs: MiniLM embeds, as in the released code, where the paper names NV-Embed-V2;
@@ -56,6 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="of gradient descent")
     parser.add_argument("--lr", type=float, default=RATE, help="of the first step")
+    parser.add_argument(
+        "--more-rates", type=options.numbers(float), default=[], help="such as 1,10"
+    )
 
 
 def check_options(args: argparse.Namespace, num_layers: int) -> None:
@@ -68,8 +71,9 @@ def check_options(args: argparse.Namespace, num_layers: int) -> None:
     for name, most in ranges.items():
         if not 1 <= (given := getattr(args, name)) <= most:
             raise ValueError(f"expected --{name} from 1 to {most}, got {given}")
-    if not 0 < args.lr < math.inf:
-        raise ValueError(f"expected --lr above 0, got {args.lr}")
+    for rate in (args.lr, *args.more_rates):
+        if not 0 < rate < math.inf:
+            raise ValueError(f"expected rates of descent above 0, got {rate}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -89,8 +93,9 @@ def run(args: argparse.Namespace) -> None:
         judge = ChoiceJudge(lambda: RemixScorer(study, methods), task.normalisation)
         return ask(args, task, part, list(methods), judge)
 
-    published = all_methods(model.shape.num_experts, args.steps, args.lr)
-    parts = {"test": asked(task.test, published)}
+    experts = model.shape.num_experts
+    methods = all_methods(experts, args.steps, args.lr, args.more_rates)
+    parts = {"test": asked(task.test, methods)}
     if args.tune:
         parts["tune"] = asked(task.tune, variants(study, args.steps, args.lr))
     more = {"store": _about(study.store)}

@@ -7,7 +7,7 @@ under them. `in_context` changes the prompt instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from benchmarks.quality.arms import PLAIN, Arm
@@ -22,22 +22,22 @@ from benchmarks.quality.remix.likelihoods import (
 from benchmarks.quality.tasks.question import ChoiceQuestion
 from moe_tta.adapter import GradientDescent
 
-# chosen among 0.01, 0.1, 1 and 10 on ARC-Easy's validation part: docs/quality.md
-TUNED_RATE = 10.0
-
 Method = Callable[[Batch], Scores]
 
 # what a request would carry; the distribution is another one for every question
 GIVEN = {"remix": {"distribution": "computed for each question"}}
 
 
-def all_methods(num_experts: int, steps: int, lr: float) -> dict[Arm, Method]:
+def all_methods(
+    num_experts: int, steps: int, lr: float, more_rates: Sequence[float] = ()
+) -> dict[Arm, Method]:
     """Return the arms, the plain model first.
 
     Args:
         num_experts: Of a layer. The core is an arm of its own where it is smaller.
         steps: Of gradient descent.
         lr: Of its first step.
+        more_rates: First steps at which it is tried, too.
     """
     every = GradientDescent(steps=steps, lr=lr, core=num_experts)
     core = GradientDescent(steps=steps, lr=lr)
@@ -51,17 +51,16 @@ def all_methods(num_experts: int, steps: int, lr: float) -> dict[Arm, Method]:
     }
     if core.core < num_experts:
         found[given(f"NGD core={core.core}")] = scored(updates.descent(core))
-    return (
-        found
-        | {
-            given("random references regression"): scored(updates.random_regression),
-            given("oracle"): scored(updates.oracle(every)),
-        }
-        | _at_rate(replace(every, lr=TUNED_RATE))
-    )
+    found |= {
+        given("random references regression"): scored(updates.random_regression),
+        given("oracle"): scored(updates.oracle(every)),
+    }
+    for rate in more_rates:
+        found |= _descents(replace(every, lr=rate))
+    return found
 
 
-def _at_rate(rule: GradientDescent) -> dict[Arm, Method]:
+def _descents(rule: GradientDescent) -> dict[Arm, Method]:
     descents = {
         "NGD": updates.descent(rule),
         "random references NGD": updates.random_descent(rule),
