@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from scipy.special import logsumexp
 from tqdm import tqdm
 
 from benchmarks.quality.arms import Arm
@@ -38,7 +39,7 @@ class ChoiceJudge:
     def answer(
         self, questions: Sequence[ChoiceQuestion], arms: Sequence[Arm], journal: Journal
     ) -> None:
-        """Score the questions that lack an arm."""
+        """Score the questions that lack an arm, under the arms that some lack."""
         todo = [
             question
             for question in questions
@@ -46,8 +47,13 @@ class ChoiceJudge:
         ]
         if not todo:
             return
+        lacked = [
+            arm
+            for arm in arms
+            if any((arm.name, question.id) not in journal for question in todo)
+        ]
         self.scorer = self.scorer or self.make_scorer()
-        scored = self.scorer.score(todo, arms)
+        scored = self.scorer.score(todo, lacked)
         for index, scores in tqdm(scored, journal.path.stem, len(todo)):
             for arm, values in scores.items():
                 if (arm.name, todo[index].id) not in journal:
@@ -60,16 +66,25 @@ class ChoiceJudge:
 
     def facts(
         self, questions: Sequence[ChoiceQuestion], arm: Arm, journal: Journal
-    ) -> dict[str, float]:
-        """Return the accuracy under each normalisation."""
-        return {
-            f"accuracy_{name}": sum(
-                likeliest(q, journal[(arm.name, q.id)], name) == q.gold
-                for q in questions
-            )
+    ) -> dict[str, Any]:
+        """Return accuracies by normalisation, and what right choices have in nats.
+
+        `gold_nats` are their log-likelihoods, `share_nats` the logarithms of their
+        shares of all choices' likelihood.
+        """
+        scores = [journal[arm.name, question.id] for question in questions]
+        pairs = list(zip(questions, scores, strict=True))
+        found: dict[str, Any] = {
+            f"accuracy_{name}": sum(likeliest(q, s, name) == q.gold for q, s in pairs)
             / len(questions)
             for name in ("raw", "per_char")
         }
+        gold = [s[q.gold] for q, s in pairs]
+        total = [float(logsumexp(s)) for s in scores]
+        share = [g - t for g, t in zip(gold, total, strict=True)]
+        found["gold_nats"] = [round(value, 3) for value in gold]
+        found["share_nats"] = [round(value, 3) for value in share]
+        return found
 
 
 def likeliest(

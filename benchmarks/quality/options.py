@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 from benchmarks.overhead.models import DTYPE_BYTES
@@ -12,24 +13,34 @@ from benchmarks.quality.tasks import TASKS
 RESULTS = Path("benchmarks/results/quality")
 
 
-def add_shared(parser: argparse.ArgumentParser) -> None:
-    """Add the options of model, data, sampling and output."""
+def add_study(parser: argparse.ArgumentParser, tasks: Collection[str]) -> None:
+    """Add the options of model, data, sampling and output.
+
+    Args:
+        parser: Of a command.
+        tasks: Names of those it knows.
+    """
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--data", type=Path, required=True, help="see docs/quality.md")
-    parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--tune", type=int, default=200, help="questions to choose on")
+    parser.add_argument("--task", choices=tasks, required=True)
     parser.add_argument("--test", type=int, help="questions to report; default all")
-    parser.add_argument("--shots", type=int, default=0, help="worked examples")
     parser.add_argument("--seed", type=int, default=0, help="of samples")
-    parser.add_argument("--k-max", type=int, help="widest routing; default the model's")
+    parser.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16")
     parser.add_argument(
         "--work", type=Path, default=Path("quality-work"), help="unfinished runs"
     )
     parser.add_argument(
         "--out", type=Path, help=f"default {RESULTS}/COMMAND-MODEL-TASK.json"
     )
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that tune settings and run vLLM."""
+    add_study(parser, TASKS)
+    parser.add_argument("--tune", type=int, default=200, help="questions to choose on")
+    parser.add_argument("--shots", type=int, default=0, help="worked examples")
+    parser.add_argument("--k-max", type=int, help="widest routing; default the model's")
     engine = parser.add_argument_group("generated answers and vLLM")
-    engine.add_argument("--dtype", choices=DTYPE_BYTES, default="bfloat16")
     engine.add_argument("--max-model-len", type=int, default=2048)
     engine.add_argument("--max-num-seqs", type=int, default=32)
     engine.add_argument("--kv-gib", type=float, default=1, help="KV cache, GiB")

@@ -144,3 +144,9 @@ def packs(questions: Sequence[Encoded], budget: int) -> Iterator[list[int]]:
         used += question.num_tokens
     if group:
         yield group
+
+
+def sums_by_choice(log_probs: torch.Tensor, packed: Pack) -> list[float]:
+    """Add up the log-probabilities [N] of each choice's tokens."""
+    sums = torch.zeros(sum(packed.sizes), dtype=torch.float64)
+    return sums.index_add_(0, packed.choice, log_probs.double().cpu()).tolist()

@@ -5,22 +5,35 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from benchmarks.overhead.models import Model
 from benchmarks.overhead.record import conditions
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.options import RESULTS
+from benchmarks.quality.statistics import compare
 from benchmarks.quality.study import Answers
 
 # options whose values are machine paths and say nothing about the result
 PATHS = ("data", "work", "out", "model")
+# lists [n] of each arm of multiple choice
+NATS = {
+    "gold_nats": "log-likelihood of the right choice, nats",
+    "share_nats": "log of the right choice's share of all choices, nats",
+}
 
 
 def write_result(
-    args: argparse.Namespace, model: Model, parts: dict[str, Answers], reference: Arm
+    args: argparse.Namespace,
+    model: Model,
+    parts: dict[str, Answers],
+    reference: Arm,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write a run's JSON file and print its table.
 
@@ -29,6 +42,7 @@ def write_result(
         model: The model.
         parts: Answers by the part's role, `tune` and `test`.
         reference: The arm that others are compared with.
+        more: Members of the file that only this command has; JSON types.
     """
     flags = {k: v for k, v in vars(args).items() if k not in PATHS}
     result = {
@@ -37,6 +51,7 @@ def write_result(
         "task": args.task,
         "reference": reference.name,
         "conditions": conditions(flags, model),
+        **more,
         **{role: answers.as_json(reference) for role, answers in parts.items()},
     }
     default = RESULTS / f"{args.command}-{model.name}-{args.task}.json"
@@ -81,6 +96,44 @@ def table(results: list[dict[str, Any]], role: str = "test") -> list[str]:
     return lines
 
 
+def nats_table(
+    results: list[dict[str, Any]], which: str, role: str = "test"
+) -> list[str]:
+    """Return the lines of a table of right choices' log-likelihoods.
+
+    They move where no answer changes, and so tell small effects that accuracy hides.
+
+    Args:
+        results: As read; of multiple choice.
+        which: A name of `NATS`.
+        role: `test` or `tune`.
+
+    Raises:
+        ValueError: a result does not have them.
+    """
+    lines = [
+        f"| task | arm | n | {NATS[which]} | minus reference |",
+        "|---|---|---|---|---|",
+    ]
+    for result in results:
+        arms = result[role]["arms"]
+        if any(which not in arm for arm in arms):
+            raise ValueError(f"the result of {result['task']} has no {which}")
+        nats = {arm["name"]: np.array(arm[which]) for arm in arms}
+        reference = nats[result["reference"]]
+        for name, values in nats.items():
+            cells = [result["task"], name, str(len(values)), f"{values.mean():.3f}", ""]
+            if name != result["reference"]:
+                cells[-1] = _difference(compare(values, reference))
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _difference(against: dict[str, Any]) -> str:
+    low, high = against["low"], against["high"]
+    return f"{against['difference']:+.3f} ({low:+.3f}, {high:+.3f})"
+
+
 def _row(result: dict[str, Any], arm: dict[str, Any], role: str) -> str:
     against = arm["against_reference"]
     score = f"{arm['accuracy']:.3f} ({arm['low']:.3f}, {arm['high']:.3f})"
@@ -88,8 +141,7 @@ def _row(result: dict[str, Any], arm: dict[str, Any], role: str) -> str:
     if arm["name"] == result["reference"]:
         cells += ["", "", ""]
     else:
-        low, high = against["low"], against["high"]
-        cells.append(f"{against['difference']:+.3f} ({low:+.3f}, {high:+.3f})")
+        cells.append(_difference(against))
         binary = "p" in against
         cells.append(f"{against['won']}, {against['lost']}" if binary else "")
         cells.append(f"{against['p']:.2g}" if binary else "")

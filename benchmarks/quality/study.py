@@ -17,6 +17,12 @@ from benchmarks.quality.journal import Journal
 from benchmarks.quality.statistics import accuracy, compare
 from benchmarks.quality.tasks import Part, Question, Task, load
 
+# options that change outcomes; a command has some of them
+OUTCOME_OPTIONS = (
+    *("shots", "dtype", "k_max", "max_tokens", "max_model_len", "temperature"),
+    *("references", "k", "kernel", "layers", "steps", "lr"),
+)
+
 
 class Judge(Protocol):
     """How one kind of task gets its outcomes and what they are worth."""
@@ -31,8 +37,8 @@ class Judge(Protocol):
 
     def facts(
         self, questions: Sequence[Question], arm: Arm, journal: Journal
-    ) -> dict[str, float]:
-        """Return what else is reported of an arm."""
+    ) -> dict[str, Any]:
+        """Return what else is reported of an arm; JSON types."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Answers:
     ids: tuple[str, ...]
     files: dict[str, str]
     right: dict[Arm, np.ndarray]
-    facts: dict[Arm, dict[str, float]]
+    facts: dict[Arm, dict[str, Any]]
 
     def best(self, family: str) -> Arm:
         """Return a family's arm with the most right answers, the first of equals."""
@@ -107,8 +113,8 @@ def ask(
 
 def made_with(args: argparse.Namespace, files: dict[str, str]) -> dict[str, Any]:
     """Return what two outcomes must share to be compared."""
-    names = ("shots", "dtype", "k_max", "max_tokens", "max_model_len", "temperature")
-    settings = {name: getattr(args, name) for name in names}
+    given = vars(args)
+    settings = {name: given[name] for name in OUTCOME_OPTIONS if name in given}
     return {
         "model": fingerprint(args.model),
         "files": files,

@@ -22,7 +22,14 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks.quality.arms import Arm
-from benchmarks.quality.packing import Encoded, Pack, encode, pack, packs
+from benchmarks.quality.packing import (
+    Encoded,
+    Pack,
+    encode,
+    pack,
+    packs,
+    sums_by_choice,
+)
 from benchmarks.quality.tasks.question import ChoiceQuestion
 from moe_tta.compile import CompiledRequest
 from moe_tta.kernels.contrast import COMBINE
@@ -104,7 +111,10 @@ class TeacherForced:
                 if stream.combination is not None:
                     combined = COMBINE[stream.combination](*parts, *stream.numbers)
                 found[arm].append(_log_probs(combined, packed.targets[rows]))
-        return {arm: _sums(torch.cat(parts), packed) for arm, parts in found.items()}
+        return {
+            arm: sums_by_choice(torch.cat(parts), packed)
+            for arm, parts in found.items()
+        }
 
     def _logits(self, packed: Pack, plan: RoutingPlan | None) -> torch.Tensor:
         """Return the logits [N, V] float32 that predict the answer tokens."""
@@ -159,9 +169,3 @@ def _log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [rows] of tokens [rows] under logits [rows, V]."""
     chosen = logits.gather(1, targets.to(logits.device)[:, None])[:, 0]
     return chosen - logits.logsumexp(dim=1)
-
-
-def _sums(log_probs: torch.Tensor, packed: Pack) -> list[float]:
-    """Add up the log-probabilities [N] of each choice's tokens."""
-    sums = torch.zeros(sum(packed.sizes), dtype=torch.float64)
-    return sums.index_add_(0, packed.choice, log_probs.double().cpu()).tolist()

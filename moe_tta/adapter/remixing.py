@@ -127,11 +127,15 @@ def search_alpha(
     """
     own, other = (t.to(tail.model.device, torch.float32) for t in (own, other))
     grid = torch.linspace(0, 1, points, device=own.device).expand(len(own), -1)
-    coarse, _ = _best_on(tail, own, other, grid)
+    losses = _losses(tail, own, other, grid)
+    coarse, _ = _best(grid, losses)
     step = 1 / (points - 1)
     inner = torch.linspace(-step, step, points, device=own.device)
-    near = torch.cat([(coarse[:, None] + inner).clamp(0, 1), grid], dim=1)
-    alpha, loss = _best_on(tail, own, other, near)
+    near = (coarse[:, None] + inner).clamp(0, 1)
+    near_losses = _losses(tail, own, other, near)
+    alpha, loss = _best(
+        torch.cat([near, grid], dim=1), torch.cat([near_losses, losses], dim=1)
+    )
     return Line(alpha, _between(own, other, alpha), loss)
 
 
@@ -142,15 +146,20 @@ def _between(
     return share * own + (1 - share) * other
 
 
-def _best_on(
-    tail: NeighbourTail, own: torch.Tensor, other: torch.Tensor, grid: torch.Tensor
+def _losses(
+    tail: NeighbourTail, own: torch.Tensor, other: torch.Tensor, alphas: torch.Tensor
+) -> torch.Tensor:
+    """Return each request's losses [Q, points] at its alphas [Q, points]."""
+    losses = [tail.loss(_between(own, other, alpha)) for alpha in alphas.unbind(dim=1)]
+    return torch.stack(losses, dim=1)
+
+
+def _best(
+    alphas: torch.Tensor, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each request's best alpha on its grid [Q, points], and its loss; [Q]."""
-    # the largest alpha first, so that ties keep the request's own routing
-    grid = grid.sort(dim=1, descending=True).values
-    losses = torch.stack(
-        [tail.loss(_between(own, other, alpha)) for alpha in grid.unbind(dim=1)], dim=1
-    )
+    """Return the alphas [Q] of least loss, the largest of equals, and their losses."""
+    alphas, order = alphas.sort(dim=1, descending=True)
+    losses = losses.gather(1, order)
     finite = torch.where(losses.isfinite(), losses, float("inf"))
     best = finite.argmin(dim=1, keepdim=True)
-    return grid.gather(1, best)[:, 0], losses.gather(1, best)[:, 0]
+    return alphas.gather(1, best)[:, 0], losses.gather(1, best)[:, 0]

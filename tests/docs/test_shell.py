@@ -81,11 +81,14 @@ def check_reroute(words):
 
 def check_quality(words):
     from benchmarks.quality.__main__ import parser
+    from benchmarks.quality.commands.remix import check_options
     from benchmarks.quality.options import check_shared
 
     args = parser().parse_args(words)
     if args.command == "table":
         assert all(list(ROOT.glob(str(file))) for file in args.files)
+    elif args.command == "remix":
+        check_options(args, num_layers=30)  # the lab model's
     else:
         check_shared(args)
 

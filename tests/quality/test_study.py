@@ -10,14 +10,16 @@ import pytest
 from benchmarks.quality import arms
 from benchmarks.quality.__main__ import main, parser
 from benchmarks.quality.arms import Arm
+from benchmarks.quality.choices import ChoiceJudge
 from benchmarks.quality.commands import COMMANDS, register
 from benchmarks.quality.commands.contrast import PUBLISHED
 from benchmarks.quality.engine import Engine
 from benchmarks.quality.options import check_shared
 from benchmarks.quality.plot import sweeps
-from benchmarks.quality.report import dumps, read_results, table
+from benchmarks.quality.report import dumps, nats_table, read_results, table
 from benchmarks.quality.study import Answers
 from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tasks.question import ChoiceQuestion
 from benchmarks.quality.texts import sample_seed
 
 PROBLEMS = [
@@ -169,6 +171,29 @@ def test_table_by_hand():
     assert lines[2].startswith("| piqa | plain | 3 | 0.667 (0.000, 1.000) |  |  |  |")
     assert "+0.000 (-1.000, +1.000) | 1, 1 | 1 |" in lines[3]
     assert len(lines) == 2 + 5
+
+
+def test_nats_of_right_choices_by_hand():
+    asked = [ChoiceQuestion(id, ("?",) * 2, ("a", "be"), 1) for id in ("1", "2")]
+    arm = arms.PLAIN
+    journal = {("plain", "1"): [-1.0, -1.0], ("plain", "2"): [-4.0, -2.0]}
+    facts = ChoiceJudge(list, "raw").facts(asked, arm, journal)
+    assert facts["gold_nats"] == [-1.0, -2.0]
+    assert facts["share_nats"] == [-0.693, -0.127]  # -ln 2, -ln(1 + e^-2)
+    assert (facts["accuracy_raw"], facts["accuracy_per_char"]) == (0.5, 1.0)
+
+
+def test_nats_table_by_hand():
+    arms_of = [{"name": "plain", "gold_nats": [-1.0, -3.0]}]
+    arms_of.append({"name": "other", "gold_nats": [-1.5, -2.0]})
+    result = {"task": "piqa", "reference": "plain", "test": {"arms": arms_of}}
+    lines = nats_table([result], "gold_nats")
+    assert lines[2:] == [
+        "| piqa | plain | 2 | -2.000 |  |",
+        "| piqa | other | 2 | -1.750 | +0.250 (-0.500, +1.000) |",
+    ]
+    with pytest.raises(ValueError, match="piqa has no share_nats"):
+        nats_table([result], "share_nats")
 
 
 def test_a_panel_for_each_task_and_a_line_for_each_weak_routing():
