@@ -30,6 +30,7 @@ from benchmarks.overhead.record import ResultFile, conditions
 from moe_tta.spec import PARAMETER
 from moe_tta.vllm_plugin.admission import Admission
 from moe_tta.vllm_plugin.api_seams import admit
+from moe_tta.vllm_plugin.texts import PromptReader
 
 SHAPES = {"16x64": ("olmoe", 16, 64), "48x128": ("qwen3_moe", 48, 128)}
 REQUESTS = {
@@ -55,7 +56,9 @@ def make_processor(family: str, layers: int, experts: int) -> SimpleNamespace:
         additional_config={"moe_tta": {"allow_inline": True}},
         model_config=SimpleNamespace(hf_text_config=config),
     )
-    return SimpleNamespace(moe_tta=Admission(engine))
+    processor = SimpleNamespace(moe_tta=Admission(engine))
+    processor.moe_tta_reader = PromptReader(processor)
+    return processor
 
 
 def copy_params(processor: Any, request_id: str, prompt: Any, params: Any) -> Any:

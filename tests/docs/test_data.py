@@ -13,7 +13,7 @@ from moe_tta.compile import compile_request
 from moe_tta.deferred import DeferredRequest, compile_or_defer
 from moe_tta.remix.card import ModelCard
 from moe_tta.remix.serving import ServedTokens
-from moe_tta.settings import EngineSettings
+from moe_tta.settings import AdapterSettings, EngineSettings
 from moe_tta.spec import parse
 from moe_tta.strategies import PlanContext, Prompt
 from tests.docs.blocks import BLOCKS, select
@@ -66,10 +66,11 @@ def stores(tmp_path_factory):
 
 @pytest.mark.parametrize("block", select("json request"), ids=str)
 def test_requests_are_accepted(block, stores):
-    full = replace(context(), stores=stores)
+    full = replace(context(), stores=stores, adapter=AdapterSettings())
     compiled = compile_or_defer(parse(block.text, presets={}), full)
     if isinstance(compiled, DeferredRequest):
-        compiled = compiled.compile(full, Prompt([5, 6], lambda ids: "a prompt"))
+        prompt = Prompt([5, 6], lambda ids: "a prompt", lambda text: text.encode())
+        compiled = compiled.compile(full, prompt)
     assert compiled.pair or compiled.rounds or not compiled.neutral
 
 

@@ -16,6 +16,7 @@ from moe_tta.vllm_plugin import admission as admission_module
 from moe_tta.vllm_plugin.admission import Admission
 from moe_tta.vllm_plugin.api_seams import admit
 from moe_tta.vllm_plugin.plan_cache import PlanCache
+from moe_tta.vllm_plugin.texts import PromptReader
 from tests.requests import random_request
 
 BIAS = {"steer": {"bias": [[0, 1, 0.5], [1, 2, -1.0]]}}
@@ -52,6 +53,7 @@ def admitted(admission, value, prompt_len=9, salt=None, **extra_args):
     """Return the engine's request, and the parameters vLLM's own code saw."""
     params = SamplingParams(extra_args={"moe_tta": value, **extra_args})
     processor = SimpleNamespace(moe_tta=admission)
+    processor.moe_tta_reader = PromptReader(processor)
     request = admit(process)(processor, "id", range(prompt_len), params, salt=salt)
     assert params.extra_args == {"moe_tta": value, **extra_args}
     return request, processor.handed

@@ -98,8 +98,8 @@ def test_settings_name_what_is_wrong():
 def test_a_family_without_gradients_is_refused_at_load(tiny_models):
     options = {"additional_config": {"moe_tta": {"adapter": {}}}}
     with (
-        pytest.raises(UnsupportedModelError, match="through 'qwen2_moe' models"),
-        engine(tiny_models("qwen2_moe"), **EXACT, **options),
+        pytest.raises(UnsupportedModelError, match="through 'granitemoe' models"),
+        engine(tiny_models("granitemoe"), **EXACT, **options),
     ):
         pass
 

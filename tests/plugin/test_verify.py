@@ -36,11 +36,11 @@ WorkerState._arm_layers = lambda self, runners, shape: arm(self, runners[:-1], s
 """,
     "fires": """
 from moe_tta.vllm_plugin.router import LayerRouting
-LayerRouting.apply = lambda self, logits, weights, ids: None
+LayerRouting.apply = lambda self, logits, weights, ids, hidden=None: None
 """,
     "neutral": """
 from moe_tta.vllm_plugin.router import LayerRouting
-LayerRouting.apply = lambda self, logits, weights, ids: weights.mul_(1.001)
+LayerRouting.apply = lambda self, logits, weights, ids, hidden=None: weights.mul_(1.001)
 """,
     "isolated": """
 import torch

@@ -190,7 +190,7 @@ def test_show(folder):
 def test_tokens_command_refuses_what_it_cannot_build(tiny_models, folder, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "answers": ["b"]}\n')
-    words = ["remix", "tokens", tiny_models("qwen2_moe"), str(data), "-o"]
+    words = ["remix", "tokens", tiny_models("granitemoe"), str(data), "-o"]
     result = CliRunner().invoke(app, [*words, str(folder)])
     assert (result.exit_code, "exists already" in result.output) == (1, True)
     result = CliRunner().invoke(app, [*words, str(tmp_path / "new")])

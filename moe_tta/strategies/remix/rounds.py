@@ -41,6 +41,10 @@ def rounds(params: RemixParams, context: PlanContext) -> AskedRounds | None:
         labelled = read_labelled(store, found, context.prompt.encode)
     except StoreError as err:
         raise RequestError(str(err), "store", params.store) from err
+    except RequestError as err:
+        raise RequestError(
+            f"{err.message}, and {params.update} encodes texts", "update"
+        ) from err
     tokens = sum(one.tokens for one in labelled)
     if tokens > context.adapter.max_context:
         raise RequestError(
