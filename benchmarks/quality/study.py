@@ -20,7 +20,7 @@ from benchmarks.quality.tasks import Part, Question, Task, load
 # options that change outcomes; a command has some of them
 OUTCOME_OPTIONS = (
     *("shots", "dtype", "k_max", "max_tokens", "max_model_len", "temperature"),
-    *("references", "k", "kernel", "layers", "steps", "lr"),
+    *("references", "k", "kernel", "layers", "steps", "lr", "device"),
 )
 
 

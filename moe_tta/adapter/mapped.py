@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's tensors as views of its files, read by the page as they are used."""
+"""A checkpoint's tensors; on CPU views of its files, read by the page when used."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from moe_tta.adapter.experts import MappedExperts
 from moe_tta.adapter.families import Family
 
 
-def map_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+def map_checkpoint(folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
     """Map every tensor of a checkpoint folder into memory.
 
     Args:
         folder: Holds one or more `*.safetensors` files.
+        device: Where to; files can be mapped on the CPU only, elsewhere they are read.
 
     Returns:
-        Tensors by the checkpoint's names; views of memory-mapped files.
+        Tensors by the checkpoint's names; on the CPU views of memory-mapped files.
 
     Raises:
         AdapterError: there is no such file, or a tensor is not floating point.
@@ -33,7 +34,7 @@ def map_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
         raise AdapterError(f"{folder} holds no *.safetensors file to map")
     tensors = {}
     for file in files:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="pt", device=str(device)) as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.element_size() < 2:

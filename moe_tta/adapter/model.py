@@ -61,29 +61,33 @@ class AdapterModel:
     @staticmethod
     @torch.inference_mode(False)  # else the weights could not be saved for backward
     def from_checkpoint(
-        folder: str | Path, dtype: torch.dtype | None = None
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
     ) -> AdapterModel:
-        """Build on a checkpoint's memory-mapped files, on CPU.
+        """Build on a checkpoint's files: memory-mapped on CPU, read onto a GPU.
 
         Args:
             folder: With `config.json` and `*.safetensors`.
             dtype: Of activations; `None` is that of the files. Another one casts one
                 matrix at a time for each product and keeps none of the casts.
+            device: Where weights and activations live.
 
         Raises:
             AdapterError: the family, the files or the weights' form are not supported.
         """
         config = AutoConfig.from_pretrained(folder)
         family = family_of(config)
-        tensors = map_checkpoint(Path(folder))
+        device = torch.device(device)
+        tensors = map_checkpoint(Path(folder), device)
         lm = _empty(config, "eager")
         take_experts(lm, tensors, family)
         state = model_names(lm, tensors, family)
         stored = _one_dtype(state)
-        _assign(lm, state, torch.device("cpu"))
+        _assign(lm, state, device)
         if dtype not in (None, stored):
             _cast_activations(lm, dtype)
-        return AdapterModel(lm, dtype or stored, torch.device("cpu"))
+        return AdapterModel(lm, dtype or stored, device)
 
     @staticmethod
     @torch.inference_mode(False)

@@ -44,6 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--tune", type=int, default=0, help="questions to change settings on"
     )
     parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of the adapter"
+    )
+    parser.add_argument(
         "--neighbours", action="store_true", help="report how near neighbours are"
     )
     parser.add_argument(

@@ -57,7 +57,8 @@ class Group:
     @cached_property
     def mean(self) -> torch.Tensor:
         """Weighted mean pathways [Q, layers, E] f32."""
-        return _tensor([regress(one) for one in self.borrowed])
+        means = _tensor([regress(one) for one in self.borrowed])
+        return means.to(self.study.model.device)
 
     def _encode(self, question: Question) -> Encoded:
         labelled = ChoiceQuestion("", (question.prompt,), (question.label,), 0)

@@ -12,7 +12,7 @@ from moe_tta.adapter import AdapterModel, Neighbour, NeighbourTail
 from moe_tta.adapter.loss import token_nll
 from moe_tta.adapter.routing import LayerEdit
 
-PACK_TOKENS = 512  # attention is quadratic in these
+PACK_TOKENS = {"cpu": 512, "cuda": 4096}  # attention is quadratic in these
 
 Scores = list[list[float]]  # nats, by question and choice
 

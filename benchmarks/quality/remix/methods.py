@@ -91,7 +91,8 @@ def in_context(batch: Batch) -> Scores:
         longer = ChoiceQuestion(question.id, contexts, question.choices, question.gold)
         prompted.append(encode(batch.study.tokenizer, longer))
     scores: Scores = []
-    for group in packs(prompted, PACK_TOKENS):  # in their order
+    model = batch.study.model
+    for group in packs(prompted, PACK_TOKENS[model.device.type]):  # in their order
         some = [prompted[index] for index in group]
-        scores += plain_log_likelihoods(batch.study.model, some)
+        scores += plain_log_likelihoods(model, some)
     return scores

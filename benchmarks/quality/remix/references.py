@@ -48,7 +48,8 @@ class AdapterEngine:
         """Say of each question whether the model answers it rightly."""
         encoded = [self._encode(question) for question in questions]
         verdicts: list[Verdict] = []
-        for group in packs(encoded, PACK_TOKENS):
+        budget = PACK_TOKENS[self._model.device.type]
+        for group in packs(encoded, budget):
             sums = plain_log_likelihoods(self._model, [encoded[i] for i in group])
             for index, values in zip(group, sums, strict=True):
                 question = questions[index]

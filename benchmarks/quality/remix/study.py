@@ -53,7 +53,8 @@ def open_study(args: argparse.Namespace, task: Task) -> Study:
     Raises:
         ValueError: the adapter does not know the model; see also `open_references`.
     """
-    model = AdapterModel.from_checkpoint(args.model, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    model = AdapterModel.from_checkpoint(args.model, dtype, args.device)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     store = open_references(args, task, model, tokenizer)
     return Study(

@@ -53,7 +53,8 @@ def mode(batch: Batch) -> torch.Tensor:
         find_mode(study.store, one, study.layers, k=how.k, kernel=how.kernel)
         for one in batch.own.cpu().numpy()
     ]
-    return torch.from_numpy(np.stack(modes).astype(np.float32))
+    found = torch.from_numpy(np.stack(modes).astype(np.float32))
+    return found.to(study.model.device)
 
 
 def descent(settings: GradientDescent) -> Update:
