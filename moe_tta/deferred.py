@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moe_tta.compile import CompiledRequest, compile_request
+from moe_tta.compile import compile_request
+from moe_tta.compiled import CompiledRequest
 from moe_tta.errors import RequestError
 from moe_tta.spec import RequestSpec
 from moe_tta.strategies import STRATEGIES, PlanContext, Prompt

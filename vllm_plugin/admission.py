@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from moe_tta.artefact import Artefact, load_artefact
-from moe_tta.compile import CompiledRequest, check_client_salt
+from moe_tta.compiled import CompiledRequest, check_client_salt
 from moe_tta.deferred import DeferredRequest, compile_or_defer
 from moe_tta.errors import RequestError
 from moe_tta.settings import ROOT, SettingsError

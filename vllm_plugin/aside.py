@@ -18,7 +18,7 @@ from moe_tta.errors import RequestError
 from moe_tta.vllm_plugin import compat
 
 if TYPE_CHECKING:
-    from moe_tta.compile import CompiledRequest
+    from moe_tta.compiled import CompiledRequest
     from moe_tta.vllm_plugin.admission import Admission
     from moe_tta.vllm_plugin.texts import PromptReader
 

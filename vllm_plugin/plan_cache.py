@@ -7,7 +7,7 @@ import sys
 from collections import OrderedDict
 from threading import Lock
 
-from moe_tta.compile import CompiledRequest
+from moe_tta.compiled import CompiledRequest
 
 MAX_BYTES = 64 << 20
 ENTRY_BYTES = 4 << 10  # Python objects of one entry; 1.4 KiB measured for one plan

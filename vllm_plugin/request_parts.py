@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_tta.compile import CompiledPair, CompiledRequest
+from moe_tta.compiled import CompiledPair, CompiledRequest
 from moe_tta.errors import RequestError
 from moe_tta.rounds import RequestRounds
 from moe_tta.settings import AdapterSettings

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_tta.compile import CompiledRequest, compile_request
+from moe_tta.compile import compile_request
+from moe_tta.compiled import CompiledRequest
 from moe_tta.shape import RouterShape
 from moe_tta.spec import parse
 from moe_tta.strategies import PlanContext

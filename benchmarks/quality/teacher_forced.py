@@ -31,7 +31,7 @@ from benchmarks.quality.packing import (
     sums_by_choice,
 )
 from benchmarks.quality.tasks.question import ChoiceQuestion
-from moe_tta.compile import CompiledRequest
+from moe_tta.compiled import CompiledRequest
 from moe_tta.kernels.contrast import COMBINE
 from moe_tta.plan import RoutingPlan
 from moe_tta.replica import routed

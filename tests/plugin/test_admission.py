@@ -106,8 +106,7 @@ def test_requests_share_nothing_that_can_change():
     wire = request.sampling_params.extra_args["moe_tta"]
     wire["plans"].clear()
     wire["segments"][0] = None
-    wire["cached"].append(False)
-    wire["format"] = 99
+    wire["prompt_tokens"] = 99
     assert outcome(admission, BIAS) == before
 
 

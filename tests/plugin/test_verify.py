@@ -61,7 +61,7 @@ from moe_tta.vllm_plugin.pair_rows import PairRows
 PairRows.combine = lambda self, logits, rows: logits
 """,
     "prefix-cache": """
-from moe_tta.compile import CompiledRequest
+from moe_tta.compiled import CompiledRequest
 CompiledRequest.salt = lambda self, prompt_len, client_salt: None
 """,
     "clean": """
