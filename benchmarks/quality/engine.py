@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.quality.arms import Arm
@@ -21,9 +22,15 @@ class Engine:
     Args:
         args: The shared options.
         shape: The model's routers, as wide as the arms need.
+        settings: More of the operator's settings, such as `adapter`.
     """
 
-    def __init__(self, args: argparse.Namespace, shape: RouterShape):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        shape: RouterShape,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+    ):
         self.options = {
             "model": str(args.model),
             "dtype": args.dtype,
@@ -32,7 +39,7 @@ class Engine:
             "kv_cache_memory_bytes": int(args.kv_gib * 2**30),
             "enforce_eager": args.eager,
             "seed": args.seed,
-            "additional_config": {"moe_tta": {"k_max": shape.k_max}},
+            "additional_config": {"moe_tta": {"k_max": shape.k_max, **settings}},
         }
 
     def __enter__(self) -> Engine:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
 
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.choices import ChoiceJudge
@@ -16,7 +18,11 @@ from moe_tta.shape import RouterShape
 
 @contextmanager
 def judge_for(
-    task: Task, args: argparse.Namespace, shape: RouterShape, arms: Sequence[Arm]
+    task: Task,
+    args: argparse.Namespace,
+    shape: RouterShape,
+    arms: Sequence[Arm],
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Judge]:
     """Yield the judge of a task.
 
@@ -30,6 +36,7 @@ def judge_for(
         args: The shared options.
         shape: The model's routers.
         arms: Every arm that will be asked for.
+        settings: More of the operator's settings for vLLM.
     """
     if task.kind == "choice" and any(arm.compiled(shape).pair for arm in arms):
         from benchmarks.quality.teacher_forced import TeacherForced
@@ -41,7 +48,7 @@ def judge_for(
         return
     from benchmarks.quality.engine import Engine
 
-    with Engine(args, shape) as engine:
+    with Engine(args, shape, settings) as engine:
         if task.kind == "choice":
             from benchmarks.quality.prompt_scores import PromptScores
 

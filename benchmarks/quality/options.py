@@ -34,9 +34,16 @@ def add_study(parser: argparse.ArgumentParser, tasks: Collection[str]) -> None:
     )
 
 
-def add_shared(parser: argparse.ArgumentParser) -> None:
-    """Add the options of commands that tune settings and run vLLM."""
-    add_study(parser, TASKS)
+def add_shared(
+    parser: argparse.ArgumentParser, tasks: Collection[str] = TASKS.keys()
+) -> None:
+    """Add the options of commands that tune settings and run vLLM.
+
+    Args:
+        parser: Of a command.
+        tasks: Names of those it knows.
+    """
+    add_study(parser, tasks)
     parser.add_argument("--tune", type=int, default=200, help="questions to choose on")
     parser.add_argument("--shots", type=int, default=0, help="worked examples")
     parser.add_argument("--k-max", type=int, help="widest routing; default the model's")
@@ -59,6 +66,13 @@ def add_shared(parser: argparse.ArgumentParser) -> None:
         help="run generated programs, confined (Linux: namespaces, Landlock)",
     )
 
+    parser.add_argument(
+        "--write-only",
+        action="store_true",
+        help="let every arm answer both parts, judge nothing; judge later by the same "
+        "command without it",
+    )
+
 
 def check_shared(args: argparse.Namespace) -> None:
     """Refuse options that contradict each other.
@@ -66,7 +80,8 @@ def check_shared(args: argparse.Namespace) -> None:
     Raises:
         ValueError: with what is expected.
     """
-    if TASKS[args.task].kind == "code" and not args.run_code:
+    judged_here = not args.write_only
+    if TASKS[args.task].kind == "code" and judged_here and not args.run_code:
         raise ValueError(f"{args.task} runs generated programs: give --run-code")
     if args.samples < 1 or (args.samples > 1 and args.temperature == 0):
         raise ValueError("expected --samples 1, or more with --temperature above 0")

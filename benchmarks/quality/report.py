@@ -44,13 +44,12 @@ def write_result(
         reference: The arm that others are compared with.
         more: Members of the file that only this command has; JSON types.
     """
-    flags = {k: v for k, v in vars(args).items() if k not in PATHS}
     result = {
         "benchmark": "quality",
         "command": args.command,
         "task": args.task,
         "reference": reference.name,
-        "conditions": conditions(flags, model),
+        "conditions": conditions(flags_of(args), model),
         **more,
         **{role: answers.as_json(reference) for role, answers in parts.items()},
     }
@@ -59,6 +58,11 @@ def write_result(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dumps(result))
     print("\n".join([*table([result]), "", f"wrote {path}"]))
+
+
+def flags_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that say something about a result."""
+    return {k: v for k, v in vars(args).items() if k not in PATHS}
 
 
 def dumps(result: dict[str, Any]) -> str:

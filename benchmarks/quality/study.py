@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.journal import Journal
@@ -30,10 +31,13 @@ class Judge(Protocol):
     def answer(
         self, questions: Sequence[Question], arms: Sequence[Arm], journal: Journal
     ) -> None:
-        """Write every outcome that the journal lacks into it."""
+        """Write what the model says into the journal, where it lacks it."""
 
     def right(self, question: Question, arm: Arm, journal: Journal) -> float:
-        """Return 1 if the arm answered right, or the share of samples that did."""
+        """Return 1 if the arm answered right, or the share of samples that did.
+
+        Verdicts that take long to find are written into the journal, too.
+        """
 
     def facts(
         self, questions: Sequence[Question], arm: Arm, journal: Journal
@@ -75,6 +79,7 @@ class Answers:
                     "name": arm.name,
                     "family": arm.family,
                     "request": arm.request,
+                    "examples": [example.id for example in arm.examples],
                     **accuracy(right),
                     **self.facts[arm],
                     "against_reference": compare(right, self.right[reference]),
@@ -97,18 +102,42 @@ def ask(
         arms: Who answers.
         judge: For tasks of this kind.
     """
-    limit = args.tune if part is task.tune else args.test
-    questions, files = load(task, part, args.data, args.shots, limit, args.seed)
-    name = "tune" if part is task.tune else "test"
-    folder = args.work / f"{args.command}-{args.model.resolve().name}-{task.name}"
-    journal = Journal(folder / f"{name}.jsonl", made_with(args, files))
-    judge.answer(questions, arms, journal)
+    questions, files, journal = write_down(args, task, part, arms, judge)
     right = {
         arm: np.array([judge.right(question, arm, journal) for question in questions])
-        for arm in arms
+        for arm in tqdm(arms, "judged")
     }
     facts = {arm: judge.facts(questions, arm, journal) for arm in arms}
     return Answers(part, tuple(q.id for q in questions), files, right, facts)
+
+
+def write_down(
+    args: argparse.Namespace, task: Task, part: Part, arms: Sequence[Arm], judge: Judge
+) -> tuple[list[Question], dict[str, str], Journal]:
+    """Journal what arms answer to a part's questions, and judge nothing.
+
+    Args:
+        args: The shared options.
+        task: The task.
+        part: Its `tune` or `test`.
+        arms: Who answers.
+        judge: For tasks of this kind.
+
+    Returns:
+        The questions, the SHA-256 of the data files, and the journal.
+    """
+    limit = args.tune if part is task.tune else args.test
+    shown = {example.id for arm in arms for example in arm.examples}
+    questions, files = load(task, part, args.data, args.shots, limit, args.seed, shown)
+    name = "tune" if part is task.tune else "test"
+    journal = Journal(folder_of(args) / f"{name}.jsonl", made_with(args, files))
+    judge.answer(questions, arms, journal)
+    return questions, files, journal
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """Return the folder of a run's journals."""
+    return args.work / f"{args.command}-{args.model.resolve().name}-{args.task}"
 
 
 def made_with(args: argparse.Namespace, files: dict[str, str]) -> dict[str, Any]:

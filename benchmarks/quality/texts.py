@@ -6,17 +6,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from benchmarks.quality.answers import majority
-from benchmarks.quality.arms import Arm
+from benchmarks.quality.arms import Arm, Vote
 from benchmarks.quality.engine import Engine, sampling_params
 from benchmarks.quality.journal import Journal
+from benchmarks.quality.rounds import summary
 from benchmarks.quality.sandbox import run_program
 from benchmarks.quality.tasks.code import COMPLETION
-from benchmarks.quality.tasks.question import Task, TextQuestion
+from benchmarks.quality.tasks.question import Task, TextQuestion, worked
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
 
 Key = tuple[str, str, int]  # arm, question, sample
 
@@ -38,36 +43,32 @@ class TextJudge:
     def answer(
         self, questions: Sequence[TextQuestion], arms: Sequence[Arm], journal: Journal
     ) -> None:
-        """Generate the texts that are missing, then run programs that were not."""
+        """Generate the texts that are missing."""
         todo = {
-            (arm.name, question.id, sample): (arm, question)
+            key: (arm, question)
             for question in questions
             for arm in arms
-            for sample in range(self.args.samples)
+            for key in self._keys(question, arm)
         }
         missing = [key for key in todo if key not in journal]
         requests = [
-            ({"prompt": todo[key][1].prompt}, self._params(todo[key][0], key))
+            ({"prompt": prompt(*todo[key])}, self._params(todo[key][0], key))
             for key in missing
         ]
         if requests:
             answers = self.engine.run(requests)
             for index, output in tqdm(answers, journal.path.stem, len(missing)):
-                done = output.outputs[0]
-                outcome = {
-                    "text": done.text,
-                    "tokens": len(done.token_ids),
-                    "finish": done.finish_reason,
-                }
-                journal.add(missing[index], outcome)
-        if self.task.kind == "code":
-            self._run_programs(todo, journal)
+                journal.add(missing[index], outcome(output))
 
     def right(self, question: TextQuestion, arm: Arm, journal: Journal) -> float:
-        """Return 1 for the right answer; for programs, the share that passes."""
-        keys = [(arm.name, question.id, i) for i in range(self.args.samples)]
+        """Return 1 for the right answer; for programs, the share that passes.
+
+        Raises:
+            SandboxError: a program was not run yet, and cannot be confined here.
+        """
+        keys = self._keys(question, arm)
         if self.task.kind == "code":
-            passed = [journal[("run", *key)] == "passed" for key in keys]
+            passed = [self._verdict(question, key, journal) == "passed" for key in keys]
             return sum(passed) / len(passed)
         texts = [journal[key]["text"] for key in keys]
         found = majority([self.task.extract(text) for text in texts])
@@ -75,36 +76,66 @@ class TextJudge:
 
     def facts(
         self, questions: Sequence[TextQuestion], arm: Arm, journal: Journal
-    ) -> dict[str, float]:
-        """Return mean tokens of an answer, and the share that ran into the limit."""
+    ) -> dict[str, Any]:
+        """Return what the answers took, and the share that ran into the limit.
+
+        Tokens are means of a text; `samples` texts answer one question. Those of the
+        prompt are `None` where the journal is older than their count.
+        """
         outcomes = [
-            journal[(arm.name, question.id, sample)]
-            for question in questions
-            for sample in range(self.args.samples)
+            journal[key] for question in questions for key in self._keys(question, arm)
         ]
-        cut = [outcome["finish"] == "length" for outcome in outcomes]
-        return {
-            "mean_tokens": sum(o["tokens"] for o in outcomes) / len(outcomes),
-            "cut_off": sum(cut) / len(cut),
+        prompts = [each.get("prompt_tokens") for each in outcomes]
+        found = {
+            "samples": self._vote(arm).samples,
+            "mean_prompt_tokens": None if None in prompts else fmean(prompts),
+            "mean_tokens": fmean(each["tokens"] for each in outcomes),
+            "cut_off": fmean(each["finish"] == "length" for each in outcomes),
         }
+        rounds = [each.get("rounds", []) for each in outcomes]
+        return {**found, "rounds": summary(rounds)} if any(rounds) else found
 
     def _params(self, arm: Arm, key: Key) -> Any:
         return sampling_params(
             arm,
             max_tokens=self.args.max_tokens,
-            temperature=self.args.temperature,
+            temperature=self._vote(arm).temperature,
             stop=list(self.task.stop),
             seed=sample_seed(self.args.seed, key[1], key[2]),
         )
 
-    def _run_programs(
-        self, todo: dict[Key, tuple[Arm, TextQuestion]], journal: Journal
-    ) -> None:
-        missing = [key for key in todo if ("run", *key) not in journal]
-        for key in tqdm(missing, "programs"):
-            completion = journal[key]["text"]
-            program = todo[key][1].gold.replace(COMPLETION, completion)
+    def _vote(self, arm: Arm) -> Vote:
+        return arm.vote or Vote(self.args.samples, self.args.temperature)
+
+    def _keys(self, question: TextQuestion, arm: Arm) -> list[Key]:
+        return [(arm.name, question.id, i) for i in range(self._vote(arm).samples)]
+
+    def _verdict(self, question: TextQuestion, key: Key, journal: Journal) -> str:
+        if ("run", *key) not in journal:
+            program = question.gold.replace(COMPLETION, journal[key]["text"])
             journal.add(("run", *key), run_program(program).verdict)
+        return journal[("run", *key)]
+
+
+def prompt(arm: Arm, question: TextQuestion) -> str:
+    """Return what the model continues."""
+    return worked(arm.examples) + question.prompt
+
+
+def outcome(output: RequestOutput) -> dict[str, Any]:
+    """Return what is kept of an answer; JSON types.
+
+    `rounds` are the reports of a request that asked for rounds.
+    """
+    done = output.outputs[0]
+    found = {
+        "text": done.text,
+        "tokens": len(done.token_ids),
+        "finish": done.finish_reason,
+        "prompt_tokens": len(output.prompt_token_ids),
+    }
+    reported = getattr(done, "moe_tta", None)  # engines without rounds set nothing
+    return found if reported is None else {**found, "rounds": reported["rounds"]}
 
 
 def sample_seed(seed: int, question: str, sample: int) -> int:

@@ -65,7 +65,8 @@ def test_samples_of_a_question_share_seeds_across_arms_only():
 
 
 def shared(**options):
-    given = {"task": "gsm8k", "run_code": False, "samples": 1, "temperature": 0.0}
+    given = {"task": "gsm8k", "samples": 1, "temperature": 0.0}
+    given |= {"run_code": False, "write_only": False}
     return argparse.Namespace(**{**given, **options})
 
 
@@ -84,6 +85,10 @@ def shared(**options):
 def test_options_that_contradict_each_other(options, message):
     with pytest.raises(ValueError, match=message):
         check_shared(shared(**options))
+
+
+def test_programs_may_be_written_where_they_are_not_run():
+    check_shared(shared(task="mbpp", write_only=True))
 
 
 def test_commands_are_registered_once():

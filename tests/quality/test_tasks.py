@@ -8,8 +8,14 @@ import json
 import pyarrow
 import pytest
 
-from benchmarks.quality.tasks import TASKS, DataError, find_task, load
-from benchmarks.quality.tasks.question import Part
+from benchmarks.quality.tasks import (
+    TASKS,
+    DataError,
+    find_task,
+    load,
+    worked_examples,
+)
+from benchmarks.quality.tasks.question import Part, worked
 
 
 def write(path, text):
@@ -121,6 +127,7 @@ def test_gsm8k(tmp_path):
 def test_humaneval_and_mbpp_programs(tmp_path):
     row = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f"}
     row["test"] = "def check(c):\n    assert c(1) == 2\n"
+    row["canonical_solution"] = "    return x + 1\n"
     write(tmp_path / "humaneval/HumanEval.jsonl", json.dumps(row))
     task = TASKS["humaneval"]
     found = [
@@ -130,10 +137,45 @@ def test_humaneval_and_mbpp_programs(tmp_path):
     ]
     (question,) = found  # in one of the two parts
     assert question.prompt == "def f(x):"
-    program = question.gold.replace("{completion}", "\n    return x + 1")
+    assert question.solution == "\n    return x + 1"
+    program = question.gold.replace("{completion}", question.solution)
     exec(program, {})
     with pytest.raises(AssertionError):
         exec(question.gold.replace("{completion}", "\n    return x"), {})
+
+
+def test_worked_examples_are_the_first_of_the_tuning_part(tmp_path):
+    rows = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(4)]
+    for name in ("train", "test"):
+        lines = "\n".join(map(json.dumps, rows))
+        write(tmp_path / f"gsm8k/{name}.jsonl", lines)
+    task = TASKS["gsm8k"]
+    examples = worked_examples(task, tmp_path, 2)
+    plain, _ = load(task, task.test, tmp_path, 0, None, 0)
+    shots, _ = load(task, task.test, tmp_path, 2, None, 0)
+    # as --shots writes them
+    assert [worked(examples) + q.prompt for q in plain] == [q.prompt for q in shots]
+    shown = {example.id for example in examples}
+    tune, _ = load(task, task.tune, tmp_path, 0, 2, 0, shown)
+    assert [q.id for q in tune] == ["train/2", "train/3"]
+    with pytest.raises(DataError, match="gsm8k has 4 worked examples, not 5"):
+        worked_examples(task, tmp_path, 5)
+    with pytest.raises(DataError, match="piqa is multiple choice"):
+        worked_examples(TASKS["piqa"], tmp_path, 1)
+
+
+def test_worked_mbpp(tmp_path):
+    doc = {"task_id": 11, "code": "def f(x):\r\n  return x\r\n", "test_setup_code": ""}
+    doc["test_list"] = ["assert f(1) == 1"]
+    request = {"doc": doc, "request": {"context": "Write f.\n```python\n"}}
+    task = TASKS["mbpp"]
+    write_requests(tmp_path / task.test.files, [request])
+    (question,) = [
+        question
+        for part in (task.tune, task.test)
+        for question in load(task, part, tmp_path, 0, None, 0)[0]
+    ]
+    assert worked([question]) == ("Write f.\n```python\ndef f(x):\n  return x\n```\n\n")
 
 
 def test_parts_of_one_split_share_the_questions_out():

@@ -14,7 +14,7 @@ from benchmarks.quality.texts import TextJudge
 
 
 def judge(task, samples):
-    return TextJudge(None, TASKS[task], Namespace(samples=samples, seed=0))
+    return TextJudge(None, TASKS[task], Namespace(samples=samples, temperature=1.0))
 
 
 def journal(path, texts):
@@ -45,11 +45,15 @@ def test_programs_are_run_once_and_the_share_that_passes_counts(tmp_path):
     except SandboxError as err:
         pytest.skip(str(err))
     texts = ["    return x + 1", "    return x", "    return 1 +", "    return 1 + x"]
+    size = len(texts)
     outcomes = journal(tmp_path, texts)
     question = TextQuestion("q", "", "def f(x):\n{completion}\nassert f(1) == 2\n")
     judging = judge("humaneval", 4)
     judging.answer([question], [PLAIN], outcomes)
+    assert len(outcomes.outcomes) == size  # nothing is run yet
     assert judging.right(question, PLAIN, outcomes) == 0.5
-    size = len(outcomes.outcomes)
-    judging.answer([question], [PLAIN], outcomes)
-    assert len(outcomes.outcomes) == size == 8
+    assert len(outcomes.outcomes) == 2 * size
+    assert outcomes[("run", "plain", "q", 2)] == "failed"
+    # verdicts are not found again, but read
+    outcomes.outcomes[("run", "plain", "q", 2)] = "passed"
+    assert judging.right(question, PLAIN, outcomes) == 0.75

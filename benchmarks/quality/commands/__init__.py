@@ -6,6 +6,7 @@ from __future__ import annotations
 from benchmarks.quality.commands.command import Command
 from benchmarks.quality.commands.contrast import CONTRAST
 from benchmarks.quality.commands.remix import REMIX
+from benchmarks.quality.commands.reroute import REROUTE
 from benchmarks.quality.commands.table import TABLE
 
 COMMANDS: dict[str, Command] = {}
@@ -24,4 +25,5 @@ def register(command: Command) -> None:
 
 register(CONTRAST)
 register(REMIX)
+register(REROUTE)
 register(TABLE)

@@ -13,16 +13,11 @@ search, a baseline there, is not in vLLM 0.32 and left out.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
-from benchmarks.overhead.models import Model
 from benchmarks.quality import arms, options
 from benchmarks.quality.arms import Arm
 from benchmarks.quality.commands.command import Command
-from benchmarks.quality.judges import judge_for
-from benchmarks.quality.report import write_result
-from benchmarks.quality.study import ask
-from benchmarks.quality.tasks import find_task
+from benchmarks.quality.protocol import follow
 
 PUBLISHED = Arm(
     "contrast as published",
@@ -68,18 +63,7 @@ def families(args: argparse.Namespace) -> dict[str, list[Arm]]:
 def run(args: argparse.Namespace) -> None:
     """Sweep, choose, test, write."""
     options.check_shared(args)
-    task, model = find_task(args.task), Model.find(str(args.model))
-    args.k_max = args.k_max or model.shape.top_k
-    shape = replace(model.shape, k_max=args.k_max)
-    given = {name: found for name, found in families(args).items() if found}
-    everyone = [arm for found in given.values() for arm in found]
-    for arm in [*everyone, PUBLISHED]:
-        arm.compiled(shape)  # refuses what the model cannot do before anything runs
-    with judge_for(task, args, shape, [*everyone, PUBLISHED]) as judge:
-        tuned = ask(args, task, task.tune, everyone, judge)
-        chosen = [tuned.best(name) for name in given]
-        tested = ask(args, task, task.test, [*chosen, PUBLISHED], judge)
-    write_result(args, model, {"tune": tuned, "test": tested}, arms.PLAIN)
+    follow(args, families(args), PUBLISHED)
 
 
 CONTRAST = Command(

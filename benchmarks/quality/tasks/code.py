@@ -36,6 +36,7 @@ def read_humaneval(path: Path, shots: int) -> list[TextQuestion]:
             row["task_id"],
             row["prompt"].rstrip(),
             f"{row['prompt'].rstrip()}{COMPLETION}\n{row['test']}\ncheck({row['entry_point']})\n",
+            "\n" + row["canonical_solution"].rstrip(),
         )
         for row in rows
     ]
@@ -63,4 +64,5 @@ def _mbpp(request: dict) -> TextQuestion:
         str(doc["task_id"]),
         request["request"]["context"],
         f"{COMPLETION}\n{tests}\n",
+        "\n".join(doc["code"].splitlines()) + "\n```",
     )

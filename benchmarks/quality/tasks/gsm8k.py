@@ -18,7 +18,7 @@ def read_problems(path: Path, shots: int) -> list[TextQuestion]:
     Worked examples are the first problems of `train.jsonl`; tuning leaves them out.
     """
     worked = _rows(path.with_name("train.jsonl"))[:shots] if shots else []
-    head = "".join(f"{_asked(r)} {_solution(r)}\n\n" for r in worked)
+    head = "".join(f"{_asked(r)}{_solution(r)}\n\n" for r in worked)
     skip = shots if path.name == "train.jsonl" else 0
     return [
         TextQuestion(
@@ -41,4 +41,4 @@ def _asked(row: dict) -> str:
 
 
 def _solution(row: dict) -> str:
-    return CALCULATION.sub("", row["answer"])
+    return " " + CALCULATION.sub("", row["answer"])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,7 +36,7 @@ class TextQuestion:
         prompt: What the model continues.
         gold: The right answer; for code, the program that checks the text, with
             `{completion}` where it goes.
-        solution: A worked answer, for examples before other questions.
+        solution: What rightly follows the prompt, for worked examples.
     """
 
     id: str
@@ -46,6 +46,11 @@ class TextQuestion:
 
 
 Question = ChoiceQuestion | TextQuestion
+
+
+def worked(examples: Iterable[TextQuestion]) -> str:
+    """Return answered questions as they stand before another question."""
+    return "".join(f"{each.prompt}{each.solution}\n\n" for each in examples)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def read_texts(path: Path, shots: int) -> list[TextQuestion]:
     """
     rows = json.loads(path.read_text("utf-8"))
     worked = json.loads(path.with_name("train.json").read_text("utf-8"))[:shots]
-    head = "".join(f"{_asked(row)} {_solution(row)}\n\n" for row in worked)
+    head = "".join(f"{_asked(row)}{_solution(row)}\n\n" for row in worked)
     used = {row["qid"] for row in worked}
     return [
         TextQuestion(
@@ -55,4 +55,4 @@ def _asked(row: dict) -> str:
 
 def _solution(row: dict) -> str:
     facts = " ".join(row["facts"])
-    return f"{facts} So the answer is {YES_NO[row['answer']]}."
+    return f" {facts} So the answer is {YES_NO[row['answer']]}."
