@@ -54,6 +54,7 @@ def _load(vllm_config: Any, model: Any) -> AdapterModel:
         raise AdapterError(f"its weights are quantised ({config.quantization})")
     if vllm_config.device_config.device_type != "cpu":
         logger.warning("moe-tta's adapter has not been run on a GPU by its authors")
+        _refuse_other_layouts(model)
         return AdapterModel.from_served(
             config.hf_text_config, dict(model.named_parameters())
         )
@@ -61,3 +62,23 @@ def _load(vllm_config: Any, model: Any) -> AdapterModel:
     return AdapterModel.from_checkpoint(
         find_checkpoint(config.model, config.revision), config.dtype
     )
+
+
+def _refuse_other_layouts(model: Any) -> None:
+    """Refuse experts whose kernel has vLLM reorder their weights.
+
+    Shapes do not tell: FlashInfer's kernels swap gate and up, or permute rows.
+
+    Source: `convert_to_unquantized_kernel_format` of vLLM 0.32.0.
+
+    Raises:
+        AdapterError: experts other than vLLM's Triton ones.
+    """
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is None or compat.is_triton_experts(kernel.fused_experts):
+            continue
+        raise AdapterError(
+            f"{type(kernel.fused_experts).__name__} may hold expert weights in an "
+            "order of their own; start vLLM with --moe-backend triton"
+        )

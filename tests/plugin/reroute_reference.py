@@ -17,11 +17,16 @@ from tests.plugin.contrast_reference import load
 
 
 class Loop:
-    """One model, read by transformers and by the adapter, float32."""
+    """One model, read by transformers and by the adapter, float32.
 
-    def __init__(self, path, shape):
-        self.lm, self.shape = load(path), shape
-        self.adapter = AdapterModel.from_checkpoint(path, torch.float32)
+    `leads` tells how far the best logit was above the second at each token of the
+    last text.
+    """
+
+    def __init__(self, path, shape, adapter=None):
+        self.adapter = adapter or AdapterModel.from_checkpoint(path, torch.float32)
+        self.lm, self.shape = load(path).to(self.adapter.device), shape
+        self.leads = []
 
     def generate(self, request, prompt, count, starts=None):
         """Return `count` greedy tokens and the vectors of each round.
@@ -38,13 +43,14 @@ class Loop:
         settings = Rerouting(**params.model_dump(exclude=set(RoundParams.model_fields)))
         delta = torch.zeros(len(self.shape.layers), self.shape.num_experts)
         text, begins, vectors, done = list(prompt), [0], [delta], 0
+        self.leads = []
         for _ in range(count):
             due = len(prompt) + done * params.every
             if len(text) == due and (params.every or not done):
                 # a plan has no say in the adapter: its vectors are the model's own
                 [found] = reroute(self.adapter, [text], vectors[-1][None], settings)
                 assert found.outcome is Outcome.ADAPTED
-                vectors.append(found.delta)
+                vectors.append(found.delta.cpu())
                 begins.append(len(text) - 1 if starts is None else starts[done])
                 done += 1
             text.append(self._next(text, len(prompt), own, begins, vectors))
@@ -59,10 +65,15 @@ class Loop:
             segments = [(p >= prompt_len - 1) + (p >= prompt_len) for p in rows]
             versions = [bisect.bisect_right(begins, p) - 1 for p in rows]
             places = zip(segments, versions, strict=True)
-            return torch.tensor([s + 3 * v for s, v in places], dtype=torch.int32)
+            found = [s + 3 * v for s, v in places]
+            return torch.tensor(found, dtype=torch.int32, device=positions.device)
 
+        tokens = torch.tensor([text], device=self.adapter.device)
         with routed_rows(self.lm, self.shape, plans, plan_of):
-            return int(self.lm(torch.tensor([text])).logits[0, -1].argmax())
+            logits = self.lm(tokens).logits[0, -1]
+        first, second = logits.topk(2).values.tolist()
+        self.leads.append(first - second)
+        return int(logits.argmax())
 
 
 def _with_bias(plan, delta):

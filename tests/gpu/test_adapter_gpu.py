@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter on a GPU engine's own weights: views, likelihoods, gradients.
+
+In float32 everything equals transformers on the same device. In bfloat16 nothing does,
+transformers in bfloat16 included: what is asked is that the adapter, vLLM and
+transformers stand equally far from float32, to a factor of two.
+
+Two engines, about a minute on an H200.
+"""
+
+import logging
+
+import pytest
+import torch
+
+from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
+from tests.gpu import adapter_checks as checks
+from tests.gpu.test_isolation import GRAPHS
+from tests.plugin.engine import engine
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device"
+)
+log = logging.getLogger(__name__)
+ADAPTER = {"moe_tta": {"adapter": {"max_context": 100}}}
+CASES = [("olmoe", "bfloat16"), ("qwen3_moe", "float32")]
+EPS = torch.finfo(torch.float32).eps
+# a logprob is a few units wide and passes some 16 sums in each of 4 layers
+FLOAT32 = 16 * 4 * EPS * 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exact_products():
+    """Triton's products of float32 keep float32: vLLM's experts use TF32 otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_F32_DEFAULT", "ieee")
+        yield
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request, tiny_models):
+    """One engine, its dtype, and transformers in float32 and in that dtype."""
+    name, dtype = request.param
+    path = tiny_models(name)
+    options = {**GRAPHS, "dtype": dtype, "additional_config": ADAPTER}
+    with engine(path, **options, enable_prefix_caching=False) as llm:
+        device = checks.adapter_of(llm).device
+        exact = checks.hf_model(path, torch.float32, device)
+        rough = checks.hf_model(path, getattr(torch, dtype), device)
+        yield llm, dtype, exact, rough
+
+
+def test_weights_are_vllms_own(case):
+    llm, dtype, *_ = case
+    adapter = checks.adapter_of(llm)
+    assert adapter.device.type == "cuda"
+    assert adapter.dtype == getattr(torch, dtype)
+    implementation = adapter.layers[0].mlp.experts.config._experts_implementation
+    assert implementation == ("grouped_mm" if dtype == "bfloat16" else "eager")
+    checks.check_views(llm)
+
+
+def test_likelihoods_are_vllms(case):
+    llm, dtype, exact, _ = case
+    adapter, ours, served = checks.adapter_of(llm), [], []
+    for tokens in checks.draw_texts(12, 1):
+        want = checks.hf_logprobs(exact, tokens)
+        ours.append((checks.adapter_logprobs(adapter, tokens) - want).abs())
+        served.append((checks.served_logprobs(llm, tokens) - want).abs())
+    ours, served = torch.cat(ours), torch.cat(served)
+    log.info(
+        "%s: logprob errors: adapter mean %.1e max %.1e, vLLM mean %.1e max %.1e",
+        *(dtype, ours.mean(), ours.max(), served.mean(), served.max()),
+    )
+    if dtype == "float32":
+        assert max(ours.max(), served.max()) <= FLOAT32
+    assert ours.mean() <= 2 * served.mean() + EPS
+
+
+def test_gradients_are_transformers_own(case):
+    llm, dtype, exact, rough = case
+    adapter, missed = checks.adapter_of(llm), {"adapter": 0.0, "transformers": 0.0}
+    norm = 0.0
+    generator = torch.Generator().manual_seed(3)
+    shape = (len(adapter.shape.layers), adapter.shape.num_experts)
+    for tokens in checks.draw_texts(8, 2):
+        delta = 0.3 * torch.randn(shape, generator=generator)
+        want, slope = checks.hf_gradient(exact, tokens, delta)
+        loss, found = checks.adapter_gradient(adapter, tokens, delta)
+        if dtype == "float32":
+            assert abs(loss - want) <= 1e-5 * want
+            assert (found - slope).norm() <= 1e-5 * slope.norm()
+        _, theirs = checks.hf_gradient(rough, tokens, delta)
+        missed["adapter"] += float((found - slope).norm())
+        missed["transformers"] += float((theirs - slope).norm())
+        norm += float(slope.norm())
+    shares = {name: error / norm for name, error in missed.items()}
+    log.info("%s: errors of the gradient, relative to float32's: %s", dtype, shares)
+    if dtype == "bfloat16":
+        assert 0 < shares["adapter"] <= 2 * shares["transformers"]
+
+
+def test_reordered_weights_are_refused(case, monkeypatch):
+    """As if vLLM had chosen another kernel, whose layout shapes do not tell."""
+    from moe_tta.vllm_plugin import compat
+    from moe_tta.vllm_plugin.adapter_loading import load_services
+
+    llm, *_ = case
+    monkeypatch.setattr(compat, "is_triton_experts", lambda experts: False)
+    with pytest.raises(UnsupportedModelError, match=r"TritonExperts .*moe-backend"):
+        llm.apply_model(lambda model: load_services(llm.llm_engine.vllm_config, model))
