@@ -42,10 +42,9 @@ class ContrastRows:
         chunks = triton.cdiv(vocab_size, CHUNK)
         self.vocab_size = vocab_size
         self._best = torch.empty(max_pairs, chunks, device=device)
-        self._find_best = Launcher(_best_kernel, **_OPTIONS)
-        self._combine = Launcher(
-            _combine_kernel, CHUNKS=triton.next_power_of_2(chunks), **_OPTIONS
-        )
+        all_chunks = {"CHUNKS": triton.next_power_of_2(chunks)}
+        self._find_best = Launcher(_best_kernel, lambda *_: _OPTIONS)
+        self._combine = Launcher(_combine_kernel, lambda *_: _OPTIONS | all_chunks)
 
     def __call__(
         self,
@@ -71,12 +70,13 @@ class ContrastRows:
         if num_pairs == 0:
             return
         grid = num_pairs, self._best.shape[1], 1
-        strides = logits.stride(0), out.stride(0)
-        self._find_best(grid, logits, leads, self._best, self.vocab_size, strides[0])
+        sizes = self.vocab_size, logits.stride(0), out.stride(0)
+        kind = logits.dtype, *sizes
+        self._find_best(grid, (logits, leads, self._best), sizes[:2], kind)
         self._combine(
             grid,
-            *(logits, out, leads, followers, beta, alpha, self._best),
-            *(self.vocab_size, *strides),
+            (logits, out, leads, followers, beta, alpha, self._best),
+            *(sizes, kind),
         )
 
     def check(

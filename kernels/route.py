@@ -8,6 +8,7 @@ import math
 import torch
 import triton
 
+from moe_tta.kernels.launch import Launcher
 from moe_tta.kernels.reference import Routing
 from moe_tta.kernels.route_checks import check_rows, check_rule, check_table
 from moe_tta.kernels.route_model import SumOrder
@@ -64,12 +65,11 @@ class RoutingKernel:
         self.model_rows = model_rows
         self.skip_unused = skip_unused
         packed, bias = table.packed, rule.correction_bias
-        self._fixed = (
-            *(packed, packed.stride(0), packed if bias is None else bias),
-            layer,
-        )
+        self._fixed = packed, packed if bias is None else bias
+        self._layer = packed.stride(0), layer
         self._constants = _constants(rule, width, num_experts, model_rows, skip_unused)
-        self._compiled: dict[tuple, tuple] = {}
+        self._together = self._rows_together()
+        self._launch = Launcher(route_rows, self._all_constants)
 
     def __call__(
         self,
@@ -84,8 +84,8 @@ class RoutingKernel:
         Args:
             router_logits: [T, >= E] f32, bf16 or f16, any strides; columns beyond E
                 are ignored.
-            slots: [T] int32 or int64, contiguous; each row's slot in the table.
-            positions: [T] int64, contiguous; absolute positions, in tokens.
+            slots: [>= T] int32 or int64, contiguous; each row's slot in the table.
+            positions: [>= T] int64, contiguous; absolute positions, in tokens.
             padding: [T] bool, contiguous; rows that are no token get id -1.
             given: [T, top_k] contiguous routing for rows of slot 0, needed with
                 `ModelRows.GIVEN`.
@@ -96,56 +96,46 @@ class RoutingKernel:
         ids = torch.empty(shape, dtype=torch.int32, device=device)
         if num_tokens == 0:
             return Routing(weights, ids)
-        args = (
-            *(weights, ids, router_logits, *router_logits.stride(), slots, positions),
-            slots if padding is None else padding,
-            *((weights, ids) if given is None else given),
-            *self._fixed,
-            num_tokens,
-            self.rule.top_k,
+        rows = 1
+        if num_tokens >= MANY_ROWS and router_logits.itemsize == 2:
+            rows = self._together
+        strides = router_logits.stride()
+        self._launch(
+            (-(-num_tokens // rows), 1, 1),
+            (
+                *(weights, ids, router_logits, slots, positions),
+                slots if padding is None else padding,
+                *((weights, ids) if given is None else given),
+                *self._fixed,
+            ),
+            (*strides, *self._layer, num_tokens, self.rule.top_k),
+            (rows, router_logits.dtype, padding is not None, slots.dtype, strides),
         )
-        inputs = (router_logits, slots, positions)
-        self._launch(inputs if padding is None else (*inputs, padding), args)
         return Routing(weights, ids)
 
-    def _launch(self, inputs: tuple[torch.Tensor, ...], args: tuple) -> None:
-        """Launch by the compiled kernel itself, which takes half of Triton's time.
+    def _all_constants(
+        self, rows: int, dtype: torch.dtype, has_padding: bool, *_: object
+    ) -> dict:
+        """Return the constants of a kind of launch.
 
-        What Triton compiles for is in the key, or the same in every call: results
-        and a given routing are fresh allocations.
+        A given routing has the same types in every call.
         """
-        logits, has_padding = inputs[0], len(inputs) == 4
-        rows = self._rows_at_once(logits)
-        grid = -(-logits.shape[0] // rows), 1, 1
-        kinds = ((tensor.dtype, tensor.data_ptr() % 16) for tensor in inputs)
-        key = rows, logits.stride(), *kinds
-        if key in self._compiled:
-            compiled, constants = self._compiled[key]
-            compiled[grid](*args, *constants)
-            return
-        constants = {
+        packed, num_experts = self.table.packed, self.table.bias.shape[1]
+        return {
             **self._constants,
-            **SumOrder.of(self.table.bias.shape[1], logits.dtype)._asdict(),
+            **SumOrder.of(num_experts, dtype)._asdict(),
             "ROWS": rows,
             "HAS_PADDING": has_padding,
-            "EXACT": logits.is_cuda,
+            "EXACT": packed.is_cuda,
         }
-        compiled = route_rows[grid](*args, **constants)
-        if compiled is not None:  # it is where kernels are interpreted
-            ordered = tuple(
-                constants[name] for name in route_rows.arg_names[len(args) :]
-            )
-            self._compiled[key] = compiled, ordered
 
-    def _rows_at_once(self, logits: torch.Tensor) -> int:
-        """Return how many rows a program takes."""
+    def _rows_together(self) -> int:
+        """Return how many rows of 16-bit logits a program takes when there are many."""
         num_experts = self.table.bias.shape[1]
         together = (
-            len(logits) >= MANY_ROWS
-            and self.model_rows is ModelRows.STOCK
-            and logits.itemsize == 2
+            self.model_rows is ModelRows.STOCK
             and self.rule.top_k < num_experts
-            and SumOrder.of(num_experts, logits.dtype).IN_WARP
+            and SumOrder.of(num_experts, torch.bfloat16).IN_WARP
         )
         # eight experts a lane and at least four rows: fastest of 1 to 256 on an H200
         return max(4, 256 // self._constants["BLOCK_E"]) if together else 1

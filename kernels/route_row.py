@@ -29,16 +29,16 @@ def route_rows(
     weights_ptr,  # [T, WIDTH] f32
     ids_ptr,  # [T, WIDTH] int32
     logits_ptr,  # [T, >= E]
-    logits_row_stride,
-    logits_column_stride,
     slots_ptr,  # [T]
     positions_ptr,  # [T] int64
     padding_ptr,  # [T] bool, read with HAS_PADDING
     given_weights_ptr,  # [T, TOP_K] f32, read with GIVEN
     given_ids_ptr,  # [T, TOP_K] int
     plans_ptr,  # [S, bytes], `LayerTable.packed`
-    plans_stride,
     correction_ptr,  # [E], read with BIASED
+    logits_row_stride,
+    logits_column_stride,
+    plans_stride,
     layer,
     num_rows,  # T
     top_k,  # TOP_K again, so that a loop over it is not unrolled: code costs time

@@ -7,8 +7,6 @@ its id, one after the other; here all columns are on their way at once.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -34,11 +32,15 @@ def sum_used_columns(
     num_tokens, width, hidden = expert_outputs.shape
     if num_tokens == 0:
         return
-    launch = _launcher(hidden, width, num_tokens < MANY_TOKENS)
-    launch(
-        (num_tokens, triton.cdiv(hidden, _block(hidden)), 1),
-        *(expert_outputs, output, topk_ids),
-        *(expert_outputs.stride(0), expert_outputs.stride(1)),
+    kind = (
+        *(hidden, width, num_tokens < MANY_TOKENS, expert_outputs.stride()),
+        *(expert_outputs.dtype, topk_ids.dtype),
+    )
+    _launch(
+        (num_tokens, -(-hidden // _block(hidden)), 1),
+        (expert_outputs, output, topk_ids),
+        expert_outputs.stride()[:2],
+        kind,
     )
 
 
@@ -46,16 +48,14 @@ def _block(hidden: int) -> int:
     return min(_BLOCK, triton.next_power_of_2(hidden))
 
 
-@functools.cache
-def _launcher(hidden: int, width: int, read_all: bool) -> Launcher:
-    return Launcher(
-        _sum_used_columns,
-        H=hidden,
-        WIDTH=width,
-        BLOCK_H=_block(hidden),
-        READ_ALL=read_all,
-        num_warps=4,
-    )
+def _constants(hidden: int, width: int, read_all: bool, *_: object) -> dict:
+    return {
+        "H": hidden,
+        "WIDTH": width,
+        "BLOCK_H": _block(hidden),
+        "READ_ALL": read_all,
+        "num_warps": 4,
+    }
 
 
 @triton.jit
@@ -86,3 +86,6 @@ def _sum_used_columns(
         total += tl.where(used, part, 0.0)
     total = total.to(output_ptr.dtype.element_ty)
     tl.store(output_ptr + token * H + dims, total, mask=inside)
+
+
+_launch = Launcher(_sum_used_columns, _constants)

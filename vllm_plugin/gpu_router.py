@@ -79,22 +79,21 @@ class GpuLayerRouting:
                     hidden_states, router_logits, indices_type, input_ids=input_ids
                 )
             )
-        slots = self.rows.slots[:num_tokens]
-        positions = self.rows.positions[:num_tokens]
-        routing = self.kernel(router_logits, slots, positions, padding, given)
+        rows = self.rows
+        routing = self.kernel(router_logits, rows.slots, rows.positions, padding, given)
         if not self.memories:
             return routing
-        return self._with_recall(routing, hidden_states, router_logits, slots)
+        return self._with_recall(routing, hidden_states, router_logits)
 
     def _with_recall(
         self,
         routing: Routing,
         hidden_states: torch.Tensor,
         router_logits: torch.Tensor,
-        slots: torch.Tensor,
     ) -> Routing:
         """Replace the rows whose plan names a memory; the others keep their bits."""
         kernel, table = self.kernel, self.kernel.table
+        slots = self.rows.slots[: len(router_logits)]
         planned = route(
             router_logits,
             slots,
