@@ -81,14 +81,16 @@ def check_reroute(words):
 
 def check_quality(words):
     from benchmarks.quality.__main__ import parser
-    from benchmarks.quality.commands.remix import check_options
+    from benchmarks.quality.commands import remix, reroute
     from benchmarks.quality.options import check_shared
 
     args = parser().parse_args(words)
     if args.command == "table":
         assert all(list(ROOT.glob(str(file))) for file in args.files)
     elif args.command == "remix":
-        check_options(args, num_layers=30)  # the lab model's
+        remix.check_options(args, num_layers=30)  # the lab model's
+    elif args.command == "reroute":
+        reroute.check_options(args)
     else:
         check_shared(args)
 

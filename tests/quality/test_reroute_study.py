@@ -11,7 +11,6 @@ from benchmarks.quality.__main__ import main, parser
 from benchmarks.quality.commands.reroute import PUBLISHED, check_options
 from benchmarks.quality.engine import Engine
 from benchmarks.quality.report import read_results
-from benchmarks.quality.rounds import summary
 
 PROBLEMS = [
     {"question": f"What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(5)
@@ -150,44 +149,6 @@ def test_arms_begin_with_the_most_cautious():
         *[(0.05, 0), (0.05, 128), (0.05, 32)],
         *[(0.2, 0), (0.2, 128), (0.2, 32)],
     ]
-
-
-def report(number, losses, context=10, outcome="adapted", milliseconds=2.0):
-    found = {"round": number, "context": context, "outcome": outcome}
-    return {**found, "losses": losses, "milliseconds": milliseconds}
-
-
-def test_rounds_are_summed_up_by_hand():
-    failed = {"round": 1, "context": 18, "outcome": "failed", "milliseconds": 1.0}
-    found = summary(
-        [
-            [report(0, [3.0, 2.5, 2.0]), report(1, [2.0, 2.5, 2.5], context=18)],
-            [report(0, [1.0, 1.0, 1.0]), failed],
-            [report(0, [], context=1, outcome="no token to score")],
-            [],
-        ]
-    )
-    assert found == {
-        "texts": 4,
-        "adapted": 2,
-        "outcomes": {"adapted": 3, "failed": 1, "no token to score": 1},
-        "token_steps": (2 * 10 + 2 * 18 + 2 * 10) / 4,
-        "milliseconds": 9 / 4,
-        "rounds": 3,
-        "fallen": 1 / 3,
-        "before": 2.0,
-        "after": pytest.approx(5.5 / 3),
-        "by_round": [
-            {"round": 0, "rounds": 2, "fallen": 0.5, "before": 2.0, "after": 1.5},
-            {"round": 1, "rounds": 1, "fallen": 0.0, "before": 2.0, "after": 2.5},
-        ],
-        "losses": [[0, 3.0, 2.0], [1, 2.0, 2.5], [0, 1.0, 1.0]],
-    }
-
-
-def test_rounds_that_all_failed():
-    found = summary([[report(0, [], outcome="out of memory")]])
-    assert (found["rounds"], found["fallen"], found["by_round"]) == (0, None, [])
 
 
 @pytest.mark.parametrize(
