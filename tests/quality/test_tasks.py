@@ -178,6 +178,19 @@ def test_worked_mbpp(tmp_path):
     assert worked([question]) == ("Write f.\n```python\ndef f(x):\n  return x\n```\n\n")
 
 
+def test_math500(tmp_path):
+    doc = {"index": 3, "problem": "What is $1/2$?", "solution": "It is $\\boxed{.5}$."}
+    task = TASKS["math500"]
+    write_requests(tmp_path / task.test.files, [{"doc": doc}])
+    (question,) = [
+        question
+        for part in (task.tune, task.test)
+        for question in load(task, part, tmp_path, 0, None, 0)[0]
+    ]
+    assert question.prompt == "Problem:\nWhat is $1/2$?\n\nSolution:"
+    assert question.gold == task.extract(question.solution) == "0.5"
+
+
 def test_parts_of_one_split_share_the_questions_out():
     low, high = Part("test", "", 0, 0.3), Part("test", "", 0.3, 1)
     ids = [str(n) for n in range(2000)]

