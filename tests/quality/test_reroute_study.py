@@ -19,7 +19,7 @@ STILL = "reroute lr=0.0,steps=1,every=8,share=0.5,sign=1,mode=wait"
 MOVED = "reroute lr=0.5,steps=1,every=8,share=0.5,sign=1,mode=wait"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """More threads only wait for each other on models this small."""
     threads = torch.get_num_threads()
@@ -38,8 +38,8 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def run(byte_model, data, monkeypatch):
+@pytest.fixture(scope="module")
+def run(byte_model, data):
     """Runs the command: run(folder, more options) -> exit status."""
 
     def run(folder, *more):
@@ -50,15 +50,18 @@ def run(byte_model, data, monkeypatch):
             f"--max-model-len 160 --max-num-seqs 8 --eager --kv-gib 0.25 "
             f"--work {folder / 'work'} --out {folder / 'out.json'}"
         )
-        monkeypatch.setattr("sys.argv", [*command.split(), *more])
-        return main()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", [*command.split(), *more])
+            return main()
 
     return run
 
 
 @pytest.fixture(scope="module")
-def at_once(tmp_path_factory):
-    return tmp_path_factory.mktemp("once")
+def at_once(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("once")
+    assert run(folder) == 0
+    return folder
 
 
 def journal_of(folder, part):
@@ -76,7 +79,6 @@ def without_times(result):
 
 
 def test_on_a_real_engine(run, at_once, monkeypatch):
-    assert run(at_once) == 0
     (result,) = read_results([at_once / "out.json"])
     tuned = {arm["name"]: arm for arm in result["tune"]["arms"]}
     tested = {arm["name"]: arm for arm in result["test"]["arms"]}
