@@ -127,6 +127,19 @@ def test_texts_equal_the_plain_loop(llm, loop):
     assert all(ours != base for ours, (base, _) in zip(once, plain, strict=True))
 
 
+def test_batched_rounds_equal_the_plain_loop(llm, loop, monkeypatch):
+    """Four texts in one job at least at the start, where all are due."""
+    monkeypatch.setattr(scheduler_of(llm).rounds, "_batch_tokens", 1000)
+    found = ask(llm, PROMPTS[:4], REQUESTS["defaults"])
+    rounds = [one.outputs[0].moe_tta["rounds"] for one in found]
+    assert len({of[0]["milliseconds"] for of in rounds}) == 1  # shares of one job
+    parted = 0
+    for prompt, output in zip(PROMPTS, found, strict=False):
+        want, _ = loop.generate(REQUESTS["defaults"], prompt, TOKENS)
+        parted += parts(outputs(output)[0], want, loop.leads)
+    assert parted <= 1
+
+
 def test_rate_zero_is_the_model(llm):
     """`overlap` leaves the batches as they are: not a bit may differ.
 
