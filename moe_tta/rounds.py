@@ -26,12 +26,14 @@ class Work:
         passes: Of each unit of the work, how many forward passes over the context it
             costs. A unit is what is never interrupted.
         extra_tokens: Tokens that a pass reads beside the context.
+        together: Whether rounds of the same work can be done as one batch.
     """
 
     service: str
     arguments: Mapping[str, Any]
     passes: tuple[int, ...]
     extra_tokens: int = 0
+    together: bool = False
 
     def cost(self, unit: int, context: int) -> int:
         """Return a unit's cost in tokens read."""

@@ -42,12 +42,16 @@ class AdapterSettings(BaseModel):
         budget: Tokens that the adapter reads in each step of the engine, on average;
             a unit of its work is never cut.
         max_context: Longest text that it reads: its memory grows with it.
+        batch_tokens: Most tokens, padding included, that it reads of several requests
+            at once, where they ask for the same work; its memory grows with this, too.
+            0 reads each text by itself, so that a request's roundings are its own.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     budget: Annotated[int, Field(ge=1)] = 2048
     max_context: Annotated[int, Field(ge=2)] = 4096
+    batch_tokens: Annotated[int, Field(ge=0)] = 0
 
 
 class EngineSettings(BaseModel):

@@ -12,7 +12,7 @@ import torch
 from moe_tta.adapter.neighbours import Neighbour, NeighbourTail, last_row_routing
 from moe_tta.adapter.remixing import GradientDescent, descend_neighbours, search_alpha
 from moe_tta.plan_edit import PlanEdit
-from moe_tta.vllm_plugin.services import Result
+from moe_tta.vllm_plugin.services import Result, Text
 
 if TYPE_CHECKING:
     from moe_tta.adapter.model import AdapterModel
@@ -24,14 +24,10 @@ class RemixService:
     def __init__(self, model: AdapterModel):
         self._model = model
 
-    def begin(
-        self,
-        tokens: Sequence[int],
-        arguments: Mapping[str, Any],
-        edit: PlanEdit | None,
-    ) -> _Job:
+    def begin(self, texts: Sequence[Text], arguments: Mapping[str, Any]) -> _Job:
         """Return the job that searches from the prompt's own routing."""
-        return _Job(self._model, tokens, arguments)
+        [text] = texts
+        return _Job(self._model, text.tokens, arguments)
 
 
 class _Found(NamedTuple):
@@ -70,7 +66,10 @@ class _Job:
             self._arguments["layers"],
         )
 
-    def result(self) -> Result:
+    def results(self) -> list[Result]:
+        return [self._result()]
+
+    def _result(self) -> Result:
         omega, finite, facts = self._found
         facts["layers"] = list(self._arguments["layers"])
         if not finite:

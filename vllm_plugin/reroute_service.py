@@ -10,32 +10,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_tta.adapter.job import RerouteJob
-from moe_tta.adapter.rerouting import Outcome, Rerouting
+from moe_tta.adapter.rerouting import Outcome, Rerouting, Round
 from moe_tta.plan_edit import PlanEdit
-from moe_tta.vllm_plugin.services import Result
+from moe_tta.vllm_plugin.services import Result, Text
 
 if TYPE_CHECKING:
     from moe_tta.adapter.model import AdapterModel
 
 
 class RerouteService:
-    """Makes rerouting jobs, one request each: padding would change roundings."""
+    """Makes rerouting jobs; requests that share one never meet, but in its padding."""
 
     def __init__(self, model: AdapterModel):
         self._model = model
 
-    def begin(
-        self,
-        tokens: Sequence[int],
-        arguments: Mapping[str, Any],
-        edit: PlanEdit | None,
-    ) -> _Job:
-        """Return the job that adapts the vectors in force to a text."""
+    def begin(self, texts: Sequence[Text], arguments: Mapping[str, Any]) -> _Job:
+        """Return the job that adapts the vectors in force to the texts."""
         shape = self._model.shape
-        delta = torch.zeros(1, len(shape.layers), shape.num_experts)
-        if edit is not None:
-            delta[0] = torch.from_numpy(edit.fields["bias"])
-        return _Job(RerouteJob(self._model, [tokens], delta, Rerouting(**arguments)))
+        delta = torch.zeros(len(texts), len(shape.layers), shape.num_experts)
+        for vectors, text in zip(delta, texts, strict=True):
+            if text.edit is not None:
+                vectors.copy_(torch.from_numpy(text.edit.fields["bias"]))
+        tokens = [text.tokens for text in texts]
+        return _Job(RerouteJob(self._model, tokens, delta, Rerouting(**arguments)))
 
 
 class _Job:
@@ -45,12 +42,15 @@ class _Job:
     def advance(self) -> None:
         self._job.advance()
 
-    def result(self) -> Result:
-        [done] = self._job.result()
-        edit = None
-        if done.outcome is Outcome.ADAPTED:
-            edit = PlanEdit({"bias": done.delta.cpu().numpy()})
-        # JSON has no NaN
-        losses = [loss if math.isfinite(loss) else None for loss in done.losses]
-        facts = {"losses": losses, "layers": list(done.layers)}
-        return Result(done.outcome.value, edit, facts)
+    def results(self) -> list[Result]:
+        return [_result(done) for done in self._job.result()]
+
+
+def _result(done: Round) -> Result:
+    edit = None
+    if done.outcome is Outcome.ADAPTED:
+        edit = PlanEdit({"bias": done.delta.cpu().numpy()})
+    # JSON has no NaN
+    losses = [loss if math.isfinite(loss) else None for loss in done.losses]
+    facts = {"losses": losses, "layers": list(done.layers)}
+    return Result(done.outcome.value, edit, facts)

@@ -16,25 +16,29 @@ ORDERS = "moe_tta_orders"  # attribute of a step's `SchedulerOutput`
 REPORTS = "moe_tta_reports"  # attribute of a step's `ModelRunnerOutput`
 
 
-class Begin(NamedTuple):
-    """Start a round's job; no unit of it is done yet."""
+class Reader(NamedTuple):
+    """One request's round, and the text that it reads."""
 
     request_id: str
     number: int
-    service: str
-    arguments: Mapping[str, Any]
     tokens: list[int]  # the round's context
     prompt_len: int  # where the request's prompt ends for its plans
 
 
-class Advance(NamedTuple):
-    """Do the next unit of the request's job."""
+class Begin(NamedTuple):
+    """Start a job on the rounds of one request or more; no unit of it is done yet."""
 
-    request_id: str
+    service: str
+    arguments: Mapping[str, Any]
+    readers: tuple[Reader, ...]
+
+
+class Advance(NamedTuple):
+    """Do the next unit of the job that was begun last."""
 
 
 class End(NamedTuple):
-    """The job is done: what it found holds for the request's rows from `start`."""
+    """The job is done: what it found holds for a request's rows from `start`."""
 
     request_id: str
     start: int

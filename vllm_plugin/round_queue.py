@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_tta.rounds import RequestRounds, Round
-from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Order
+from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Order, Reader
 
 
 @dataclass(eq=False)
@@ -46,18 +46,22 @@ class _Progress:
 class RoundQueue:
     """The rounds of all requests of a scheduler, first due, first served.
 
-    One job runs at a time, so that the adapter's memory is that of one.
+    One job runs at a time, so that the adapter's memory is that of one. It does the
+    first due round, and with it others that are due and ask for the same work.
 
     Args:
         budget: Tokens of adapter work a step, on average.
+        batch_tokens: Most tokens, padding included, that rounds of several requests
+            read in one job.
     """
 
-    def __init__(self, budget: int):
-        self._budget = budget
+    def __init__(self, budget: int, batch_tokens: int = 0):
+        self._budget, self._batch_tokens = budget, batch_tokens
         self._credit = 0
         self._of: dict[str, _Progress] = {}
         self._due: deque[_Progress] = deque()
-        self._unit = 0  # units done of the first in line
+        self._job: list[_Progress] = []  # whose rounds the running job does
+        self._unit = 0  # units done of it
 
     def __len__(self) -> int:
         return len(self._of)
@@ -71,9 +75,10 @@ class RoundQueue:
         progress = self._of.pop(request_id, None)
         if progress is None or not progress.due:
             return
-        if self._due[0] is progress:
-            self._unit = 0
         self._due.remove(progress)
+        if progress in self._job:
+            self._job.remove(progress)
+            self._unit = self._unit if self._job else 0
 
     def holds_back(self, request: Any) -> bool:
         """Whether a request that waits has rows among its known ones that must wait."""
@@ -114,13 +119,14 @@ class RoundQueue:
             self._credit += self._budget
         given: list[Order] = []
         while self._due:
-            progress = self._due[0]
-            cost = progress.rounds.work.cost(self._unit, progress.next.context)
+            if self._unit == 0:
+                self._job = self._gather()
+            cost = self._cost()
             if cost > self._credit and not idle:
                 return given
             idle = False
             self._credit = max(self._credit - cost, 0)
-            given += self._do_unit(progress)
+            given += self._do_unit()
         self._credit = 0
         return given
 
@@ -132,27 +138,49 @@ class RoundQueue:
                 progress.due = True
                 self._due.append(progress)
 
-    def _do_unit(self, progress: _Progress) -> Iterator[Order]:
-        request, work = progress.request, progress.rounds.work
-        context, start = progress.next
+    def _gather(self) -> list[_Progress]:
+        """Return whose rounds the next job does: first due, first served."""
+        first, *others = self._due
+        work, found, longest = first.rounds.work, [first], first.next.context
+        for other in others if work.together else ():
+            context = max(longest, other.next.context)
+            fits = (len(found) + 1) * context <= self._batch_tokens
+            if fits and other.rounds.work == work:
+                found.append(other)
+                longest = context
+        return found
+
+    def _cost(self) -> int:
+        longest = max(progress.next.context for progress in self._job)
+        return len(self._job) * self._job[0].rounds.work.cost(self._unit, longest)
+
+    def _do_unit(self) -> Iterator[Order]:
+        work = self._job[0].rounds.work
         if self._unit == 0:
-            yield Begin(
-                request.request_id,
-                progress.number,
-                work.service,
-                work.arguments,
-                list(request.all_token_ids[:context]),
-                progress.rounds.prompt_len,
-            )
-        yield Advance(request.request_id)
+            readers = tuple(map(_reader, self._job))
+            yield Begin(work.service, work.arguments, readers)
+        yield Advance()
         self._unit += 1
         if self._unit < len(work.passes):
             return
+        done, self._job, self._unit = self._job, [], 0
+        for progress in done:
+            yield self._end(progress)
+
+    def _end(self, progress: _Progress) -> End:
+        context, start = progress.next
         if start is None:
             start = max(progress.handed, context - 1)
-        yield End(request.request_id, start)
-        self._due.popleft()
-        self._unit = 0
+        self._due.remove(progress)
         progress.starts.append(start)
         progress.number += 1
         progress.due = False
+        return End(progress.request.request_id, start)
+
+
+def _reader(progress: _Progress) -> Reader:
+    request = progress.request
+    tokens = list(request.all_token_ids[: progress.next.context])
+    return Reader(
+        request.request_id, progress.number, tokens, progress.rounds.prompt_len
+    )

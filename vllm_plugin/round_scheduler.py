@@ -26,7 +26,8 @@ class RoundScheduler:
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         settings = read_settings(self.vllm_config).adapter
-        self.rounds = RoundQueue(settings.budget if settings else 0)
+        limits = (settings.budget, settings.batch_tokens) if settings else (0, 0)
+        self.rounds = RoundQueue(*limits)
         self._reports: dict[str, list[dict[str, Any]]] = defaultdict(list)
 
     def add_request(self, request: Any) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_tta.plan_edit import PlanEdit
 from moe_tta.vllm_plugin import compat
-from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Order
+from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Order, Reader
 from moe_tta.vllm_plugin.rows import PlannedRequest
-from moe_tta.vllm_plugin.services import Job, Result, Service
+from moe_tta.vllm_plugin.services import Job, Result, Service, Text
 from moe_tta.vllm_plugin.versions import Version, VersionedRequest, unplanned
 
 logger = compat.get_logger(__name__)
@@ -19,10 +20,15 @@ logger = compat.get_logger(__name__)
 
 @dataclass
 class _Running:
-    """A round's job and what its report will say; `job` is `None` once it failed."""
+    """A job and what its reports will say; `job` is `None` once it failed.
+
+    `waiting` are the readers, by request id, whose results nobody has taken.
+    """
 
     begun: Begin
     job: Job | None
+    waiting: dict[str, Reader]
+    results: dict[str, Result] | None = None
     seconds: float = 0.0
 
 
@@ -39,7 +45,7 @@ class RoundWorker:
         services: Mapping[str, Service],
         requests: dict[str, PlannedRequest | VersionedRequest],
     ):
-        self.jobs: dict[str, _Running] = {}
+        self._running: _Running | None = None
         self._services, self._requests = services, requests
         self._reports: list[tuple[str, dict[str, Any]]] = []
         self._obey: dict[type, Callable[[Any], None]] = {
@@ -48,10 +54,15 @@ class RoundWorker:
             End: self._end,
         }
 
+    @property
+    def jobs(self) -> tuple[str, ...]:
+        """The requests whose rounds are being done."""
+        return () if self._running is None else tuple(self._running.waiting)
+
     def obey(self, orders: Iterable[Order], finished: Iterable[str]) -> None:
-        """Forget the jobs of finished requests, then do the step's orders."""
+        """Forget the rounds of finished requests, then do the step's orders."""
         for request_id in finished:
-            self.jobs.pop(request_id, None)
+            self._forget(request_id)
         for order in orders:
             self._obey[type(order)](order)
 
@@ -60,41 +71,65 @@ class RoundWorker:
         reports, self._reports = self._reports, []
         return reports
 
+    def _forget(self, request_id: str) -> None:
+        """Drop a reader; a job that nobody waits for is dropped with its memory."""
+        running = self._running
+        if running is None:
+            return
+        running.waiting.pop(request_id, None)
+        if not running.waiting:
+            self._running = None
+
     def _begin(self, order: Begin) -> None:
-        current = self._requests.get(order.request_id)
-        edit = current.edit if isinstance(current, VersionedRequest) else None
-        running = _Running(order, None)
-        self.jobs[order.request_id] = running
+        texts = [
+            Text(reader.tokens, self._edit(reader.request_id))
+            for reader in order.readers
+        ]
+        readers = {reader.request_id: reader for reader in order.readers}
+        running = self._running = _Running(order, None, readers)
         service = self._services[order.service]
         running.job = self._guarded(
-            running, lambda: service.begin(order.tokens, order.arguments, edit)
+            running, lambda: service.begin(texts, order.arguments)
         )
 
+    def _edit(self, request_id: str) -> PlanEdit | None:
+        current = self._requests.get(request_id)
+        return current.edit if isinstance(current, VersionedRequest) else None
+
     def _advance(self, order: Advance) -> None:
-        running = self.jobs[order.request_id]
+        running = self._running
         if running.job is not None:
             self._guarded(running, running.job.advance)
 
     def _end(self, order: End) -> None:
-        running = self.jobs.pop(order.request_id)
-        result = None
-        if running.job is not None:
-            result = self._guarded(running, running.job.result)
-        if result is None:
-            result = Result("failed", None, {})
+        running = self._running
+        reader = running.waiting[order.request_id]
+        if running.results is None:
+            running.results = self._take_results(running)
+        result = running.results.get(order.request_id, Result("failed", None, {}))
         if result.edit is not None:
             version = Version(order.start, result.edit)
-            self._add_version(order.request_id, running.begun.prompt_len, version)
+            self._add_version(order.request_id, reader.prompt_len, version)
+        share = running.seconds / len(running.begun.readers)
         report = {
             "service": running.begun.service,
-            "round": running.begun.number,
-            "context": len(running.begun.tokens),
+            "round": reader.number,
+            "context": len(reader.tokens),
             "start": order.start,
             "outcome": result.outcome,
-            "milliseconds": round(1e3 * running.seconds, 3),
+            "milliseconds": round(1e3 * share, 3),
             **result.facts,
         }
         self._reports.append((order.request_id, report))
+        self._forget(order.request_id)
+
+    def _take_results(self, running: _Running) -> dict[str, Result]:
+        """Return the results by request id; none of a job that failed."""
+        found = None
+        if running.job is not None:
+            found = self._guarded(running, running.job.results)
+        names = (reader.request_id for reader in running.begun.readers)
+        return {} if found is None else dict(zip(names, found, strict=True))
 
     def _add_version(self, request_id: str, prompt_len: int, version: Version) -> None:
         current = self._requests.get(request_id)
@@ -110,9 +145,8 @@ class RoundWorker:
             return work()
         except Exception:
             logger.exception(
-                "moe-tta: round %d of request %s failed; it goes on as before",
-                running.begun.number,
-                running.begun.request_id,
+                "moe-tta: the round of %s failed; they go on as before",
+                ", ".join(running.waiting),
             )
             running.job = None
             return None

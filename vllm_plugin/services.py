@@ -31,29 +31,30 @@ class Result(NamedTuple):
     facts: dict[str, Any]
 
 
+class Text(NamedTuple):
+    """What a round reads of a request, and the edit in force of its last round."""
+
+    tokens: Sequence[int]
+    edit: PlanEdit | None
+
+
 class Job(Protocol):
-    """One round of one request."""
+    """One round of one request, or of several."""
 
     def advance(self) -> None:
         """Do the next unit."""
 
-    def result(self) -> Result:
-        """Return what was found, after the last unit."""
+    def results(self) -> Sequence[Result]:
+        """Return what was found for each text, after the last unit."""
 
 
 class Service(Protocol):
     """Makes the jobs of one strategy."""
 
-    def begin(
-        self,
-        tokens: Sequence[int],
-        arguments: Mapping[str, Any],
-        edit: PlanEdit | None,
-    ) -> Job:
+    def begin(self, texts: Sequence[Text], arguments: Mapping[str, Any]) -> Job:
         """Return the job of a round.
 
         Args:
-            tokens: The request's text, as far as the round reads.
-            arguments: The strategy's `Work.arguments`.
-            edit: The one in force, of the request's last round.
+            texts: One of each request; more than one only where `Work.together`.
+            arguments: The strategy's `Work.arguments`, the same for all.
         """

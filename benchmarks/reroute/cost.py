@@ -134,7 +134,8 @@ def engine_spec(args: argparse.Namespace, model: Model) -> dict[str, Any]:
     cells = [Cell("decode", size, LENGTHS[1], args.tokens) for size in sorted(sizes)]
     spec = EngineOptions(model, cells, args.dtype, args.eager).spec("plugin", 1)
     spec["options"]["additional_config"]["moe_tta"]["adapter"] = {
-        "budget": args.adapter_budget
+        "budget": args.adapter_budget,
+        "batch_tokens": args.batch_tokens,
     }
     return {**spec, "begin": time.time()}
 
@@ -184,6 +185,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=5, help="n, of a round")
     parser.add_argument(
         "--adapter-budget", type=int, default=2048, help="the engine's adapter.budget"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=0, help="its adapter.batch_tokens"
     )
     parser.add_argument("--repeat", type=int, default=10, help="rounds at most")
     parser.add_argument(

@@ -13,7 +13,13 @@ def test_names_are_vllms_and_cpu_is_refused(tiny_models, family):
     path = tiny_models(family)
     with engine(path) as llm:
         [found] = llm.apply_model(lambda model: dict(model.named_parameters()))
+        served = llm.llm_engine.vllm_config.model_config.hf_text_config
     config, assumed = vllm_tensors(path, vocab_padding=0)
+    # vLLM edits the config it loads: it must still mean the same model
+    one, other = (AdapterModel.from_served(c, assumed) for c in (config, served))
+    assert one.shape == other.shape
+    rotary = [model.lm.model.rotary_emb.inv_freq for model in (one, other)]
+    assert torch.equal(*rotary)
     assert found.keys() == assumed.keys()
     for name, tensor in found.items():
         assert tensor.numel() in (0, assumed[name].numel()), name

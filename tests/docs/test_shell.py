@@ -73,10 +73,11 @@ def check_contrast(words):
     parser().parse_args(words)
 
 
-def check_reroute(words):
-    from benchmarks.reroute.curve import make_parser
+def check_reroute(part, words):
+    from benchmarks.reroute import cost, curve
 
-    make_parser().parse_args(words)
+    parts = {"benchmarks.reroute.cost": cost, "benchmarks.reroute.curve": curve}
+    parts[part].make_parser().parse_args(words)
 
 
 def check_quality(words):
@@ -133,8 +134,8 @@ def check(words):
             check_overhead(rest)
         case ["python", "-m", "benchmarks.contrast", *rest]:
             check_contrast(rest)
-        case ["python", "-m", "benchmarks.reroute.curve", *rest]:
-            check_reroute(rest)
+        case ["python", "-m", part, *rest] if part.startswith("benchmarks.reroute."):
+            check_reroute(part, rest)
         case ["python", "-m", "benchmarks.quality", *rest]:
             check_quality(rest)
         case ["curl", "-L", "--create-dirs", "-o", file, url]:

@@ -48,12 +48,12 @@ def changed(llm, before):
     """Return the names of parameters whose bits are not those of a snapshot."""
     after = snapshot(llm)
     assert after.keys() == before.keys()
-    as_bytes = torch.uint8
-    return [
-        name
-        for name in before
-        if not torch.equal(before[name].view(as_bytes), after[name].view(as_bytes))
-    ]
+    return [name for name in before if not _same_bits(before[name], after[name])]
+
+
+def _same_bits(one, other):
+    one, other = (t.reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(one, other)
 
 
 def check_views(llm):

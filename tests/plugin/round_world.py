@@ -18,51 +18,54 @@ class Rounds:
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.rounds, self.starts = {}, defaultdict(list)
-        self.job, self.units, self.cost = None, 0, []
+        self.rounds, self.starts, self.batches = {}, defaultdict(list), []
+        self.job, self.units, self.cost = {}, 0, []  # readers by request id
         # (request, position) -> version under which the row was computed first
         self.obeyed = {}
 
     def run(self, output):
         orders = getattr(output, ORDERS, ())
-        if self.job is not None and self.job.request_id in output.finished_req_ids:
-            self.job = None
+        for request_id in output.finished_req_ids:
+            self.job.pop(request_id, None)
         spent = 0
         for order in orders:
             if isinstance(order, Begin):
                 self._begin(order)
             elif isinstance(order, Advance):
-                spent += self._advance(order)
+                spent += self._advance()
             elif isinstance(order, End):
                 self._end(order)
         self.cost.append((spent, bool(output.num_scheduled_tokens)))
         return super().run(output)
 
     def _begin(self, order):
-        assert self.job is None, "two jobs at a time"
-        known = self.texts[order.request_id]
-        context = len(order.tokens)
-        assert context <= len(known)
-        assert order.tokens == known[:context]
-        assert order.number == len(self.starts[order.request_id])
-        self.job, self.units = order, 0
+        assert not self.job, "two jobs at a time"
+        works = [self.rounds[reader.request_id].work for reader in order.readers]
+        assert all(work == works[0] for work in works)
+        assert works[0].together or len(works) == 1
+        for reader in order.readers:
+            known, context = self.texts[reader.request_id], len(reader.tokens)
+            assert context <= len(known)
+            assert reader.tokens == known[:context]
+            assert reader.number == len(self.starts[reader.request_id])
+            self.job[reader.request_id] = reader
+        self.units = 0
+        self.batches.append(len(self.job))
 
-    def _advance(self, order):
-        assert order.request_id == self.job.request_id
-        work = self.rounds[order.request_id].work
-        cost = work.cost(self.units, len(self.job.tokens))
+    def _advance(self):
+        lengths = [len(reader.tokens) for reader in self.job.values()]
+        work = self.rounds[next(iter(self.job))].work
+        cost = len(lengths) * work.cost(self.units, max(lengths))
         self.units += 1
         return cost
 
     def _end(self, order):
-        assert order.request_id == self.job.request_id
-        rounds = self.rounds[order.request_id]
+        reader, rounds = self.job.pop(order.request_id), self.rounds[order.request_id]
         assert self.units == len(rounds.work.passes)
-        found = rounds.round(self.job.number)
+        found = rounds.round(reader.number)
         assert order.start == (order.start if found.start is None else found.start)
         assert order.start >= found.context - 1
         self.starts[order.request_id].append(order.start)
-        self.job = None
 
     def version(self, req_id, position):
         return sum(start <= position for start in self.starts[req_id])

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from moe_tta.vllm_plugin.reroute_service import RerouteService
 from tests.plugin.engine import engine, generate, outputs, sampling, status
 from tests.plugin.reroute_reference import Loop
 
@@ -63,6 +64,27 @@ def test_tokens_equal_the_plain_loop(llm, loop, name):
     for prompt, (tokens, _) in zip(prompts, got, strict=True):
         want, _ = loop.generate(REQUESTS[name], prompt, TOKENS)
         assert tokens == want, len(prompt)
+
+
+def test_batched_rounds_equal_the_plain_loop(llm, loop, monkeypatch):
+    """Two jobs of several texts: padding moves roundings, and no more than these."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    monkeypatch.setattr(scheduler.rounds, "_batch_tokens", 200)
+    begun, begin = [], RerouteService.begin
+
+    def counted(self, texts, arguments):
+        begun.append(len(texts))
+        return begin(self, texts, arguments)
+
+    monkeypatch.setattr(RerouteService, "begin", counted)
+    prompts = draw_prompts(4, random.Random(3))
+    names = ["defaults", "defaults", "once", "once"]
+    params = [sampling(TOKENS, REQUESTS[name]) for name in names]
+    got = generate(llm, prompts, params)
+    assert begun.count(2) >= 2
+    for name, prompt, (tokens, _) in zip(names, prompts, got, strict=True):
+        want, _ = loop.generate(REQUESTS[name], prompt, TOKENS)
+        assert tokens == want
 
 
 def test_it_does_change_texts(llm):

@@ -2,15 +2,17 @@
 """What rounds are refused for, what goes wrong in them, and what they keep apart."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from prometheus_client import REGISTRY
 from vllm.exceptions import VLLMValidationError
 
+from moe_tta.adapter import AdapterError
 from moe_tta.adapter.tail import Tail
 from moe_tta.settings import EngineSettings, SettingsError
-from moe_tta.vllm_plugin import round_limits
+from moe_tta.vllm_plugin import adapter_loading, round_limits
 from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
 from tests.plugin.engine import engine, generate, outputs, sampling, status
 from tests.plugin.test_reroute import draw_prompts
@@ -91,7 +93,7 @@ def test_refused_where_the_operator_did_not_ask_for_it():
 def test_settings_name_what_is_wrong():
     with pytest.raises(SettingsError, match=r"adapter\.budget"):
         EngineSettings.read({"adapter": {"budget": 0}})
-    with pytest.raises(SettingsError, match="known: budget, max_context"):
+    with pytest.raises(SettingsError, match="known: batch_tokens, budget, max_context"):
         EngineSettings.read({"adapter": {"bugdet": 5}})
 
 
@@ -102,6 +104,17 @@ def test_a_family_without_gradients_is_refused_at_load(tiny_models):
         engine(tiny_models("granitemoe"), **EXACT, **options),
     ):
         pass
+
+
+def test_experts_that_reorder_weights_are_refused():
+    """Shapes do not tell: FlashInfer's kernels have gate and up swapped."""
+    experts = torch.nn.Module()
+    experts.quant_method = SimpleNamespace(moe_kernel=None)
+    model = torch.nn.ModuleDict({"experts": experts})
+    adapter_loading._refuse_other_layouts(model)
+    experts.quant_method.moe_kernel = SimpleNamespace(fused_experts=object())
+    with pytest.raises(AdapterError, match=r"order of their own.*--moe-backend triton"):
+        adapter_loading._refuse_other_layouts(model)
 
 
 def rounds_counted():

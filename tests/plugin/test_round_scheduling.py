@@ -9,9 +9,13 @@ from moe_tta.rounds import RequestRounds, Schedule, Work
 from tests.plugin.round_world import RoundWorld
 from tests.plugin.test_lockstep import draw, expected, live, make_world
 
-NUM_WORLDS = 60
 BUDGET = 40
-ADAPTER = {"additional_config": {"moe_tta": {"adapter": {"budget": BUDGET}}}}
+BATCH_TOKENS = 90
+
+
+def options(batch_tokens):
+    adapter = {"budget": BUDGET, "batch_tokens": batch_tokens}
+    return {"additional_config": {"moe_tta": {"adapter": adapter}}}
 
 
 def draw_schedule(rng, prompt_len):
@@ -38,7 +42,7 @@ def draw_adapted(rng, longest, prefixes):
         length = len(asked["prompt"])
         prompt_len = rng.choice([length, length, rng.randrange(1, length + 1)])
         passes = tuple(rng.choice([1, 2]) for _ in range(rng.randrange(1, 4)))
-        work = Work("pretended", {"x": 1}, passes, rng.choice([0, 5]))
+        work = Work("pretended", {"x": 1}, passes, rng.choice([0, 5]), together=True)
         schedule = draw_schedule(rng, prompt_len)
         asked["rounds"] = RequestRounds(work, schedule, prompt_len, longest - 4)
     return asked
@@ -46,12 +50,17 @@ def draw_adapted(rng, longest, prefixes):
 
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("depth", [1, 2], ids=["plain", "async"])
-def test_random_worlds(tiny_models, depth, v2):
-    recomputed = rounds = 0
-    for seed in range(NUM_WORLDS):
+@pytest.mark.parametrize(
+    ("count", "batch_tokens"), [(60, 0), (20, BATCH_TOKENS)], ids=["alone", "batched"]
+)
+def test_random_worlds(tiny_models, count, batch_tokens, depth, v2):
+    recomputed = rounds = batched = 0
+    for seed in range(count):
         rng = random.Random(seed)
         model = tiny_models("mixtral")
-        world, longest = make_world(rng, model, depth, v2, RoundWorld, **ADAPTER)
+        world, longest = make_world(
+            rng, model, depth, v2, RoundWorld, **options(batch_tokens)
+        )
         preempt = world.scheduler._preempt_request
 
         def counted(request, *args, world=world, preempt=preempt, **kwargs):
@@ -64,9 +73,11 @@ def test_random_worlds(tiny_models, depth, v2):
         check_texts(world, todo, seed)
         rounds += check_rounds(world, todo, seed)
         check_empty(world)
-        check_budget(world, todo)
-    assert recomputed > NUM_WORLDS
-    assert rounds > 10 * NUM_WORLDS
+        check_budget(world, todo, batch_tokens)
+        batched += sum(size > 1 for size in world.worker.batches)
+    assert (batched > count) == (batch_tokens > 0)
+    assert recomputed > count
+    assert rounds > 10 * count
 
 
 def check_texts(world, todo, seed):
@@ -107,10 +118,12 @@ def check_empty(world):
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
-def check_budget(world, todo):
+def check_budget(world, todo, batch_tokens):
     """Beside rows, the adapter never reads more than its budget and a unit's rest."""
     rounds = [asked["rounds"] for asked in todo.values() if "rounds" in asked]
     dearest = max((r.work.cost(0, r.max_context) * 2 for r in rounds), default=0)
+    # of a batch: two passes, and a text of one token may have 5 more beside it
+    dearest = max(dearest, 2 * (1 + 5) * batch_tokens)
     busy = [spent for spent, rows in world.worker.cost if rows]
     assert sum(busy) <= BUDGET * len(busy)
     assert max(busy, default=0) <= BUDGET + dearest

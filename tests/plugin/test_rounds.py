@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds without an engine: schedules, edits of plans, versions of rows, the queue."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import msgspec
@@ -15,7 +16,7 @@ from moe_tta.rounds import RequestRounds, Round, Schedule, Work
 from moe_tta.shape import RouterShape
 from moe_tta.spec import parse
 from moe_tta.strategies import PlanContext
-from moe_tta.vllm_plugin.round_orders import Advance, Begin, End
+from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Reader
 from moe_tta.vllm_plugin.round_queue import RoundQueue
 from moe_tta.vllm_plugin.rows import PlannedRequest
 from moe_tta.vllm_plugin.versions import Version, VersionedRequest, unplanned
@@ -136,12 +137,12 @@ def test_versions_of_a_request_that_comes_later():
     )
 
 
-def asking(name, tokens, schedule, prompt_len):
+def asking(name, tokens, schedule, prompt_len, work=WORK):
     request = SimpleNamespace(
         request_id=name, all_token_ids=list(range(tokens)), num_computed_tokens=0
     )
     request.num_tokens = tokens
-    return request, RequestRounds(WORK, schedule, prompt_len, 1000)
+    return request, RequestRounds(work, schedule, prompt_len, 1000)
 
 
 def test_the_queue_spends_its_budget_in_turn():
@@ -149,15 +150,65 @@ def test_the_queue_spends_its_budget_in_turn():
     for name in ("a", "b"):
         queue.add(*asking(name, 10, Schedule(0), 10))
     begin, advance = queue.orders(idle=False)  # 10 of 15
-    assert begin == Begin("a", 0, "reroute", {"steps": 1}, list(range(10)), 10)
-    assert advance == Advance("a")
-    assert queue.orders(idle=False) == [Advance("a")]  # 20 of 5 + 15
-    assert queue.orders(idle=False) == [Advance("a"), End("a", 9)]  # 10 of 15
+    reader = Reader("a", 0, list(range(10)), 10)
+    assert begin == Begin("reroute", {"steps": 1}, (reader,))
+    assert advance == Advance()
+    assert queue.orders(idle=False) == [Advance()]  # 20 of 5 + 15
+    assert queue.orders(idle=False) == [Advance(), End("a", 9)]  # 10 of 15
     assert [type(o) for o in queue.orders(idle=False)] == [Begin, Advance]  # 5 + 15
     # nobody else works: the dear unit is not put off
-    assert queue.orders(idle=True) == [Advance("b")]
-    assert queue.orders(idle=True) == [Advance("b"), End("b", 9)]
+    assert queue.orders(idle=True) == [Advance()]
+    assert queue.orders(idle=True) == [Advance(), End("b", 9)]
     assert queue.orders(idle=True) == []
+
+
+def readers_of(orders):
+    return [
+        [reader.request_id for reader in order.readers]
+        for order in orders
+        if isinstance(order, Begin)
+    ]
+
+
+BATCHED = replace(WORK, together=True)
+
+
+def test_the_queue_batches_equal_work():
+    queue = RoundQueue(budget=10**6, batch_tokens=70)
+    other = replace(BATCHED, arguments={"steps": 2})
+    for name, tokens, work in (
+        *(("a", 10, BATCHED), ("b", 20, other), ("c", 30, BATCHED)),
+        *(("d", 11, BATCHED), ("e", 20, other), ("f", 12, WORK), ("g", 12, WORK)),
+    ):
+        queue.add(*asking(name, tokens, Schedule(0), tokens, work))
+    # 2 x 30 of 70, with d it would be 90; f and g cannot be batched
+    orders = queue.orders(idle=False)
+    assert readers_of(orders) == [["a", "c"], ["b", "e"], ["d"], ["f"], ["g"]]
+    ends = [order for order in orders if isinstance(order, End)]
+    assert ends[:4] == [End("a", 9), End("c", 29), End("b", 19), End("e", 19)]
+    assert queue.orders(idle=True) == []
+
+
+def test_a_batch_costs_its_padding_and_outlives_its_members():
+    queue = RoundQueue(budget=40, batch_tokens=90)
+    for name, tokens in (("a", 10), ("b", 20), ("c", 15), ("d", 12)):
+        queue.add(*asking(name, tokens, Schedule(0), tokens, BATCHED))
+    assert queue.orders(idle=False) == []  # 4 x 20 of 40
+    assert readers_of(queue.orders(idle=False)) == [["a", "b", "c", "d"]]
+    queue.remove("a")
+    queue.remove("b")
+    assert queue.orders(idle=False) == []  # 2 x 2 x 15 of 40
+    assert queue.orders(idle=False) == [Advance()]  # of 80
+    queue.remove("d")
+    assert queue.orders(idle=False) == [Advance(), End("c", 14)]
+    assert queue.orders(idle=True) == []
+    for name in ("x", "y"):
+        queue.add(*asking(name, 10, Schedule(0), 10, BATCHED))
+    assert readers_of(queue.orders(idle=True)) == [["x", "y"]]
+    queue.remove("x")
+    queue.remove("y")
+    queue.add(*asking("z", 10, Schedule(0), 10, BATCHED))
+    assert readers_of(queue.orders(idle=True)) == [["z"]]
 
 
 def test_the_queue_forgets_who_leaves():
@@ -166,7 +217,7 @@ def test_the_queue_forgets_who_leaves():
         queue.add(*asking(name, 10, Schedule(0), 10))
     queue.orders(idle=False)
     queue.remove("a")
-    assert [order.request_id for order in queue.orders(idle=False)] == ["b", "b"]
+    assert readers_of(queue.orders(idle=False)) == [["b"]]
     queue.remove("b")
     queue.remove("nobody")
     assert len(queue) == 0

@@ -31,4 +31,4 @@ def work(params: RerouteParams, context: PlanContext) -> Work:
                 layer,
             )
     own = params.model_dump(exclude=set(RoundParams.model_fields))
-    return Work("reroute", own, Rerouting(**own).passes)
+    return Work("reroute", own, Rerouting(**own).passes, together=True)
