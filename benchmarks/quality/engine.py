@@ -38,6 +38,7 @@ class Engine:
             "max_num_seqs": args.max_num_seqs,
             "kv_cache_memory_bytes": int(args.kv_gib * 2**30),
             "enforce_eager": args.eager,
+            "moe_backend": args.moe_backend,
             "seed": args.seed,
             "additional_config": {"moe_tta": {"k_max": shape.k_max, **settings}},
         }

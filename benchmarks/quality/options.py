@@ -52,6 +52,7 @@ def add_shared(
     engine.add_argument("--max-num-seqs", type=int, default=32)
     engine.add_argument("--kv-gib", type=float, default=1, help="KV cache, GiB")
     engine.add_argument("--eager", action="store_true", help="no graphs, no compile")
+    engine.add_argument("--moe-backend", default="auto", help="vLLM's, of experts")
     engine.add_argument("--max-tokens", type=int, default=512)
     engine.add_argument("--temperature", type=float, default=0.0)
     engine.add_argument(

@@ -129,6 +129,7 @@ def engine(byte_model):
         max_num_seqs=16,
         kv_gib=0.25,
         eager=True,
+        moe_backend="auto",
         seed=0,
     )
     with Engine(args, shape_of(byte_model)) as engine:

@@ -57,9 +57,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--vote", type=ints, default="", help="sampled texts of the plain model, e.g. 5"
     )
     parser.add_argument("--vote-temperature", type=float, default=0.7)
-    parser.add_argument(
-        "--budget", type=int, default=2048, help="the setting adapter.budget of vLLM"
-    )
+    adapter = parser.add_argument_group("the setting adapter, see docs/serve.md")
+    adapter.add_argument("--budget", type=int, default=2048)
+    adapter.add_argument("--batch-tokens", type=int, default=0)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
     adapter: dict[str, Any] = {
         "budget": args.budget,
         "max_context": args.max_model_len,
+        "batch_tokens": args.batch_tokens,
     }
     follow(args, families(args), PUBLISHED, settings={"adapter": adapter})
 
