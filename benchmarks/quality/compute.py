@@ -58,4 +58,4 @@ def _rounds(arm: dict[str, Any]) -> list[str]:
     if not found["rounds"]:
         return [*cells, "", ""]
     losses = f"{found['before']:.4f}, {found['after']:.4f}"
-    return [*cells, f"{found['fallen']:.1%} of {found['rounds']}", losses]
+    return [*cells, f"{100 * found['fallen']:.1f} % of {found['rounds']}", losses]

@@ -31,8 +31,8 @@ def follow(
 ) -> None:
     """Let all arms answer the tuning part and the chosen ones the test part.
 
-    With `--write-only` all of them answer both, and nothing is judged: the same command
-    without it does that later from the journals, on this machine or another.
+    With `--write-only` all of them answer both parts, and nothing is judged: the same
+    command without it does that later from the journals, on this machine or another.
 
     Args:
         args: All options.
@@ -51,8 +51,8 @@ def follow(
         arm.compiled(shape)  # refuses what the model cannot do before anything runs
     with judge_for(task, args, shape, everyone, settings) as judge:
         if args.write_only:
-            for part in (task.tune, task.test):
-                write_down(args, task, part, everyone, judge)
+            write_down(args, task, task.tune, tuned_arms, judge)
+            write_down(args, task, task.test, everyone, judge)
             _note_machine(args, model)
             return
         tuned = ask(args, task, task.tune, tuned_arms, judge)

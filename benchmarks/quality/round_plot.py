@@ -49,5 +49,5 @@ def losses_of_rounds(results: list[dict[str, Any]], role: str = "test") -> Figur
         panel.set_title(title, fontsize="small")
         panel.legend(fontsize="small")
     figure.supxlabel("loss before the round, nats a token", fontsize="medium")
-    figure.supylabel("change", fontsize="medium")
+    figure.supylabel("change by the round", fontsize="medium")
     return figure

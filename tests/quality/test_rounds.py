@@ -62,7 +62,7 @@ def test_compute_is_that_of_a_question():
     lines = compute_table([result_of(None, summary(ANSWERS), alone)])
     assert lines[2:] == [
         "| gsm8k | 0 | 2 | 0.500 | 20.0 | 7.0 | 0.25 |  |  |  |  |  |",
-        "| gsm8k | 1 | 2 | 0.500 | 20.0 | 7.0 | 0.25 | 2.50 | 38 | 4 | 33.3% of 3 "
+        "| gsm8k | 1 | 2 | 0.500 | 20.0 | 7.0 | 0.25 | 2.50 | 38 | 4 | 33.3 % of 3 "
         "| 2.0000, 1.8333 |",
         "| gsm8k | 2 | 2 | 0.500 | 20.0 | 7.0 | 0.25 | 2.00 | 0 | 4 |  |  |",
     ]
