@@ -43,11 +43,15 @@ class TextJudge:
     def answer(
         self, questions: Sequence[TextQuestion], arms: Sequence[Arm], journal: Journal
     ) -> None:
-        """Generate the texts that are missing."""
+        """Generate the texts that are missing, one arm after the other.
+
+        So the requests that run at a time mostly are alike: they share the examples
+        before their questions, and rounds that ask for the same work can be one job.
+        """
         todo = {
             key: (arm, question)
-            for question in questions
             for arm in arms
+            for question in questions
             for key in self._keys(question, arm)
         }
         missing = [key for key in todo if key not in journal]
