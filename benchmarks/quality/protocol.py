@@ -19,15 +19,12 @@ from benchmarks.quality.report import flags_of, write_result
 from benchmarks.quality.study import ask, folder_of, write_down
 from benchmarks.quality.tasks import find_task
 
-NONE: Mapping[str, Any] = MappingProxyType({})
-
 
 def follow(
     args: argparse.Namespace,
     families: Mapping[str, Sequence[Arm]],
     published: Arm,
-    settings: Mapping[str, Any] = NONE,
-    more: Mapping[str, Any] = NONE,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Let all arms answer the tuning part and the chosen ones the test part.
 
@@ -39,7 +36,6 @@ def follow(
         families: Arms by family; one of each is chosen.
         published: Tested as it is.
         settings: More of the operator's settings for vLLM.
-        more: Members of the result file that only this command has.
     """
     task, model = find_task(args.task), Model.find(str(args.model))
     args.k_max = args.k_max or model.shape.top_k
@@ -59,7 +55,7 @@ def follow(
         chosen = [tuned.best(name) for name in given]
         tested = ask(args, task, task.test, [*chosen, published], judge)
     parts = {"tune": tuned, "test": tested}
-    write_result(args, model, parts, PLAIN, {**more, **_written_on(args)})
+    write_result(args, model, parts, PLAIN, _written_by(args))
 
 
 def _note_machine(args: argparse.Namespace, model: Model) -> None:
@@ -68,7 +64,7 @@ def _note_machine(args: argparse.Namespace, model: Model) -> None:
     print(f"wrote every answer into {path.parent}; judge without --write-only")
 
 
-def _written_on(args: argparse.Namespace) -> dict[str, Any]:
+def _written_by(args: argparse.Namespace) -> dict[str, Any]:
     """Say where the answers come from, if not from the run that judges them."""
     path = _machine_file(args)
     return {"written_by": json.loads(path.read_text())} if path.exists() else {}

@@ -5,9 +5,8 @@ All arms answer the same questions. The settings of rerouting are chosen on the 
 tuning part, and so is the number of worked examples; the chosen arms and the published
 setting answer the test part once. What happened in the rounds is kept.
 
-Source: Rewiring Experts on the Fly, arXiv 2510.14853.
-Differs: there, settings were chosen on the questions they are reported for; what the
-paper leaves open is listed in docs/adapter.md.
+Source: Rewiring Experts on the Fly, arXiv 2510.14853, which also compares with worked
+examples. What it leaves open is listed in docs/adapter.md.
 """
 
 from __future__ import annotations
