@@ -13,6 +13,7 @@ import logging
 import pytest
 import torch
 
+from moe_tta.adapter.grouped import GroupedExperts
 from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
 from tests.gpu import adapter_checks as checks
 from tests.gpu.test_isolation import GRAPHS
@@ -55,8 +56,8 @@ def test_weights_are_vllms_own(case):
     adapter = checks.adapter_of(llm)
     assert adapter.device.type == "cuda"
     assert adapter.dtype == getattr(torch, dtype)
-    implementation = adapter.layers[0].mlp.experts.config._experts_implementation
-    assert implementation == ("grouped_mm" if dtype == "bfloat16" else "eager")
+    experts = adapter.layers[0].mlp.experts
+    assert isinstance(experts, GroupedExperts) == (dtype == "bfloat16")
     checks.check_views(llm)
 
 
