@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_tta.adapter.errors import AdapterError
 from moe_tta.adapter.families import family_of, router_shape
-from moe_tta.adapter.grouped import fuse
+from moe_tta.adapter.fused import fuse
 from moe_tta.adapter.linear import FrozenEmbedding, FrozenLinear
 from moe_tta.adapter.mapped import map_checkpoint, model_names, take_experts
 from moe_tta.adapter.routing import AdaptedRouter, EditTables, LayerEdit

@@ -13,7 +13,6 @@ from transformers import AutoConfig
 
 from moe_tta.adapter import AdapterError, AdapterModel, Rerouting, reroute
 from moe_tta.adapter.descent import autograd_gradient
-from moe_tta.adapter.grouped import GroupedExperts, Order, fuse
 from tests.adapter import independent
 from tests.adapter.layouts import vllm_tensors
 from tests.adapter.test_gradient import relative, size, tail_of
@@ -91,31 +90,6 @@ def test_served_and_mapped_agree(tiny_models, family, draw):
     )
     assert relative(ours[0], theirs[0]) <= 1e-5
     assert relative(ours[1], theirs[1]) <= 1e-5
-
-
-def test_fused_modules_agree_with_the_loop(tiny_models, family, draw):
-    """What GPUs run in bfloat16: grouped products and fused norms, here in float32."""
-    served = AdapterModel.from_served(*vllm_tensors(tiny_models(family)))
-    delta, tokens = 0.3 * draw.normal(1, *size(served)), draw.tokens(20)
-    loop = autograd_gradient(tail_of(served, [tokens], delta).loss)(delta)
-    before = {name: weight.data_ptr() for name, weight in served.weights()}
-    fuse(served.lm)
-    assert {name: weight.data_ptr() for name, weight in served.weights()} == before
-    assert isinstance(served.layers[0].mlp.experts, GroupedExperts)
-    kinds = {type(module).__name__ for module in served.lm.modules()}
-    assert not any(name.endswith("RMSNorm") for name in kinds)
-    fused = autograd_gradient(tail_of(served, [tokens], delta).loss)(delta)
-    assert relative(fused[0], loop[0]) <= 1e-5
-    assert relative(fused[1], loop[1]) <= 1e-5
-
-
-def test_pairs_by_hand():
-    """Three rows of two experts each; expert 1 has none."""
-    order = Order.of(torch.tensor([[2, 0], [0, 3], [3, 2]]), 4)
-    assert order.by_expert.tolist() == [1, 2, 0, 5, 3, 4]
-    assert order.back.tolist() == [2, 0, 1, 4, 5, 3]
-    assert order.ends.tolist() == [2, 2, 4, 6]
-    assert order.ends.dtype == torch.int32
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts stacked in two tensors, all of a layer's in one grouped product each."""
+"""Modules that launch fewer kernels on a GPU: grouped experts and fused norms."""
 
 from __future__ import annotations
 
