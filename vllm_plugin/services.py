@@ -2,11 +2,11 @@
 """The protocol of what does the work of rounds in a worker.
 
 A service is named in `adapter_loading.SERVICES`, is made once, when the model has been
-loaded, and makes a job for each round.
+loaded, and makes a job for each round, or for several that go together.
 The scheduler hands a job its units, in order and exactly as many as `Work.passes` has;
 between two units other requests may be served. What a job may not do is keep anything
-running between units, change the model, or look at another request. What it raises ends
-its round, not the engine: the request goes on with the plan that it had.
+running between units, change the model, or let one request's result depend on another.
+What it raises ends its rounds, not the engine: requests go on with the plan they had.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_tta.adapter.errors import AdapterError
 from moe_tta.adapter.families import family_of, router_shape
+from moe_tta.adapter.fused import fuse
 from moe_tta.adapter.linear import FrozenEmbedding, FrozenLinear
 from moe_tta.adapter.mapped import map_checkpoint, model_names, take_experts
 from moe_tta.adapter.routing import AdaptedRouter, EditTables, LayerEdit
@@ -39,7 +40,8 @@ class AdapterModel:
     Attributes:
         config: The transformers config.
         shape: Its routers; `k_max` is the model's own `top_k`.
-        lm: The transformers model with routers (and, mapped, experts) replaced.
+        lm: The transformers model with routers (and, mapped or on a GPU, experts)
+            replaced.
         device: Where weights and activations live.
         dtype: Of activations.
     """
@@ -105,9 +107,9 @@ class AdapterModel:
         lm = _empty(config, "eager")
         state = view_served(lm, tensors, family)
         sample = state["model.norm.weight"]
-        if sample.is_cuda and sample.dtype == torch.bfloat16:
-            lm.set_experts_implementation("grouped_mm")
         _assign(lm, state, sample.device)
+        if sample.is_cuda and sample.dtype == torch.bfloat16:
+            fuse(lm)
         return AdapterModel(lm, sample.dtype, sample.device)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -62,6 +62,7 @@ def test_a_round_on_an_engine(tiny_models, tmp_path):
         *(sys.executable, "-m", "benchmarks.reroute.cost"),
         *("--model", tiny_models("mixtral"), "--batch", "1,2", "--tokens", "24"),
         *("--every", "8", "--steps", "1", "--repeat", "1", "--dtype", "float32"),
+        *("--batch-tokens", "1000"),
         *("--eager", "--out", str(out)),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -66,6 +66,9 @@ def test_what_a_request_asks_for():
     assert asked.work.passes == (1, 2, 2, 1)
     assert asked.work.arguments["layers"] == (1, 3)
     assert asked.work.cost(1, 50) == 100
+    assert asked.work.together
+    drawn = compiled({"reroute": {"optimizer": "spsa"}}).rounds
+    assert not drawn.work.together
     assert compiled({"dynamic_k": {"k": 1}}).rounds is None
     with pytest.raises(RequestError, match=r"layers\[0\].*1-3.*got 0"):
         compiled({"reroute": {"layers": [0]}})

@@ -31,4 +31,6 @@ def work(params: RerouteParams, context: PlanContext) -> Work:
                 layer,
             )
     own = params.model_dump(exclude=set(RoundParams.model_fields))
-    return Work("reroute", own, Rerouting(**own).passes, together=True)
+    # spsa draws its directions for a whole batch: a request's would depend on others
+    together = params.optimizer != "spsa"
+    return Work("reroute", own, Rerouting(**own).passes, together=together)

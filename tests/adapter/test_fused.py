@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What GPUs run in bfloat16, on a CPU: grouped products of experts, fused norms."""
+
+import torch
+
+from moe_tta.adapter import AdapterModel
+from moe_tta.adapter.descent import autograd_gradient
+from moe_tta.adapter.fused import GroupedExperts, Order, fuse
+from tests.adapter import independent
+from tests.adapter.layouts import vllm_tensors
+from tests.adapter.test_gradient import relative, size, tail_of
+
+
+def test_float32_agrees_with_the_loop(tiny_models, family, draw):
+    served = AdapterModel.from_served(*vllm_tensors(tiny_models(family)))
+    delta, tokens = 0.3 * draw.normal(1, *size(served)), draw.tokens(20)
+    loop = autograd_gradient(tail_of(served, [tokens], delta).loss)(delta)
+    before = {name: weight.data_ptr() for name, weight in served.weights()}
+    fuse(served.lm)
+    assert {name: weight.data_ptr() for name, weight in served.weights()} == before
+    assert isinstance(served.layers[0].mlp.experts, GroupedExperts)
+    kinds = {type(module).__name__ for module in served.lm.modules()}
+    assert not any(name.endswith("RMSNorm") for name in kinds)
+    fused = autograd_gradient(tail_of(served, [tokens], delta).loss)(delta)
+    assert relative(fused[0], loop[0]) <= 1e-5
+    assert relative(fused[1], loop[1]) <= 1e-5
+
+
+def test_pairs_by_hand():
+    """Three rows of two experts each; expert 1 has none."""
+    order = Order.of(torch.tensor([[2, 0], [0, 3], [3, 2]]), 4)
+    assert order.by_expert.tolist() == [1, 2, 0, 5, 3, 4]
+    assert order.back.tolist() == [2, 0, 1, 4, 5, 3]
+    assert order.ends.tolist() == [2, 2, 4, 6]
+    assert order.ends.dtype == torch.int32
+
+
+def test_bfloat16_is_as_near_as_transformers(tiny_models, family, draw):
+    """Both round everywhere, and take other experts near ties: summed over texts."""
+    path = tiny_models(family)
+    config, tensors = vllm_tensors(path)
+    halves = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    ours = AdapterModel.from_served(config, halves)
+    fuse(ours.lm)
+    exact = independent.load(path)
+    theirs = independent.load(path, torch.bfloat16)
+    missed = {"ours": 0.0, "theirs": 0.0}
+    for _ in range(6):
+        delta, tokens = 0.3 * draw.normal(*size(ours)), draw.tokens(40)
+        _, want = independent.context_gradient(exact, tokens, delta)
+        _, rough = independent.context_gradient(theirs, tokens, delta)
+        loss = tail_of(ours, [tokens], delta[None]).loss
+        _, found = autograd_gradient(loss)(delta[None])
+        missed["ours"] += float((found[0] - want).norm())
+        missed["theirs"] += float((rough - want).norm())
+    assert 0 < missed["ours"] <= 2 * missed["theirs"]
