@@ -40,6 +40,7 @@ class Engine:
             "enforce_eager": args.eager,
             "moe_backend": args.moe_backend,
             "seed": args.seed,
+            "gpu_memory_utilization": args.gpu_memory_utilization,
             "additional_config": {"moe_tta": {"k_max": shape.k_max, **settings}},
         }
 

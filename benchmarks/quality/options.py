@@ -51,6 +51,12 @@ def add_shared(
     engine.add_argument("--max-model-len", type=int, default=2048)
     engine.add_argument("--max-num-seqs", type=int, default=32)
     engine.add_argument("--kv-gib", type=float, default=1, help="KV cache, GiB")
+    engine.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        help="share of a GPU that must be free at the start",
+    )
     engine.add_argument("--eager", action="store_true", help="no graphs, no compile")
     engine.add_argument("--moe-backend", default="auto", help="vLLM's, of experts")
     engine.add_argument("--max-tokens", type=int, default=512)

@@ -128,6 +128,7 @@ def engine(byte_model):
         max_model_len=256,
         max_num_seqs=16,
         kv_gib=0.25,
+        gpu_memory_utilization=0.9,
         eager=True,
         moe_backend="auto",
         seed=0,
