@@ -17,6 +17,7 @@ from moe_tta.kernels.scores import RoutingRule
 from moe_tta.kernels.table import LayerTable
 
 MANY_ROWS = 4096  # from here on a program takes several rows
+MANY_WITH_PLANS = 16384  # the same where some rows have plans
 
 
 class RoutingKernel:
@@ -78,6 +79,7 @@ class RoutingKernel:
         positions: torch.Tensor,
         padding: torch.Tensor | None = None,
         given: Routing | None = None,
+        num_planned: int = 0,
     ) -> Routing:
         """Return the routing of T rows; arguments are not checked, `check_rows` does.
 
@@ -89,6 +91,8 @@ class RoutingKernel:
             padding: [T] bool, contiguous; rows that are no token get id -1.
             given: [T, top_k] contiguous routing for rows of slot 0, needed with
                 `ModelRows.GIVEN`.
+            num_planned: About how many rows have a plan. This decides what is fast,
+                never the result.
         """
         num_tokens, device = router_logits.shape[0], router_logits.device
         shape = (num_tokens, self.width)
@@ -97,7 +101,7 @@ class RoutingKernel:
         if num_tokens == 0:
             return Routing(weights, ids)
         rows = 1
-        if num_tokens >= MANY_ROWS and router_logits.itemsize == 2:
+        if router_logits.itemsize == 2 and _fits_tiles(num_tokens, num_planned):
             rows = self._together
         strides = router_logits.stride()
         self._launch(
@@ -139,6 +143,13 @@ class RoutingKernel:
         )
         # eight experts a lane and at least four rows: fastest of 1 to 256 on an H200
         return max(4, 256 // self._constants["BLOCK_E"]) if together else 1
+
+
+def _fits_tiles(num_tokens: int, num_planned: int) -> bool:
+    """Return whether tiles are faster, in which rows with plans wait for each other."""
+    if not num_planned:
+        return num_tokens >= MANY_ROWS
+    return num_tokens >= MANY_WITH_PLANS and 2 * num_planned <= num_tokens
 
 
 def has_stock_rows(rule: RoutingRule) -> bool:

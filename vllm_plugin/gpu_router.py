@@ -80,7 +80,10 @@ class GpuLayerRouting:
                 )
             )
         rows = self.rows
-        routing = self.kernel(router_logits, rows.slots, rows.positions, padding, given)
+        routing = self.kernel(
+            *(router_logits, rows.slots, rows.positions, padding, given),
+            num_planned=rows.num_planned,
+        )
         if not self.memories:
             return routing
         return self._with_recall(routing, hidden_states, router_logits)

@@ -65,8 +65,9 @@ class StepRows:
     """The step's rows in buffers of fixed address.
 
     `slots` [max_tokens] int32 and `positions` [max_tokens] int64 are what kernels
-    read. On CPU, `planned` lists the rows whose slot is not 0 (`None` when there are
-    none), so that the others cost nothing.
+    read; `num_planned` is how many rows of the step have a plan. On CPU, `planned`
+    lists the rows whose slot is not 0 (`None` when there are none), so that the others
+    cost nothing.
     """
 
     def __init__(self, max_tokens: int, device: torch.device, slots: SlotTable):
@@ -78,6 +79,7 @@ class StepRows:
         self.positions = torch.from_numpy(self._positions).to(device)
         self.planned: torch.Tensor | None = None
         self.features = Features(0)
+        self.num_planned = 0
         self._used = 0
 
     def stage(
@@ -121,6 +123,7 @@ class StepRows:
             return
         self._slots[: self._used] = 0
         before, self._used = self._used, 0
+        self.num_planned = sum(end - first for first, end, _, _ in runs)
         if runs:
             self._fill(runs, slots)
             self._used = runs[-1][1]
