@@ -12,11 +12,13 @@ from moe_tta.kernels.launch import Launcher
 from moe_tta.kernels.reference import Routing
 from moe_tta.kernels.route_checks import check_rows, check_rule, check_table
 from moe_tta.kernels.route_model import SumOrder
+from moe_tta.kernels.route_nets import RUN
 from moe_tta.kernels.route_row import ModelRows, route_rows
 from moe_tta.kernels.scores import RoutingRule
 from moe_tta.kernels.table import LayerTable
 
 MANY_ROWS = 4096  # from here on a program takes several rows
+_RUNS = 16, 2  # rows of a program, and lanes of each, where rows are runs
 MANY_WITH_PLANS = 16384  # the same where some rows have plans
 
 
@@ -69,7 +71,8 @@ class RoutingKernel:
         self._fixed = packed, packed if bias is None else bias
         self._layer = packed.stride(0), layer
         self._constants = _constants(rule, width, num_experts, model_rows, skip_unused)
-        self._together = self._rows_together()
+        self._tile = self._rows_together(), 0
+        self._runs = _RUNS if self._fits_runs() else self._tile
         self._launch = Launcher(route_rows, self._all_constants)
 
     def __call__(
@@ -100,9 +103,9 @@ class RoutingKernel:
         ids = torch.empty(shape, dtype=torch.int32, device=device)
         if num_tokens == 0:
             return Routing(weights, ids)
-        rows = 1
+        rows, lanes = 1, 0
         if router_logits.itemsize == 2 and _fits_tiles(num_tokens, num_planned):
-            rows = self._together
+            rows, lanes = self._runs if router_logits.stride(1) == 1 else self._tile
         strides = router_logits.stride()
         self._launch(
             (-(-num_tokens // rows), 1, 1),
@@ -113,12 +116,19 @@ class RoutingKernel:
                 *self._fixed,
             ),
             (*strides, *self._layer, num_tokens, self.rule.top_k),
-            (rows, router_logits.dtype, padding is not None, slots.dtype, strides),
+            (
+                rows,
+                lanes,
+                router_logits.dtype,
+                padding is not None,
+                slots.dtype,
+                strides,
+            ),
         )
         return Routing(weights, ids)
 
     def _all_constants(
-        self, rows: int, dtype: torch.dtype, has_padding: bool, *_: object
+        self, rows: int, lanes: int, dtype: torch.dtype, has_padding: bool, *_: object
     ) -> dict:
         """Return the constants of a kind of launch.
 
@@ -129,6 +139,7 @@ class RoutingKernel:
             **self._constants,
             **SumOrder.of(num_experts, dtype)._asdict(),
             "ROWS": rows,
+            "LANES": lanes,
             "HAS_PADDING": has_padding,
             "EXACT": packed.is_cuda,
         }
@@ -143,6 +154,15 @@ class RoutingKernel:
         )
         # eight experts a lane and at least four rows: fastest of 1 to 256 on an H200
         return max(4, 256 // self._constants["BLOCK_E"]) if together else 1
+
+    def _fits_runs(self) -> bool:
+        """Return whether `route_nets` can take rows of neighbouring 16-bit logits."""
+        num_experts = self.table.bias.shape[1]
+        return (
+            self.model_rows is ModelRows.STOCK
+            and self.width <= RUN
+            and num_experts in (32, 64, 128, 256)
+        )
 
 
 def _fits_tiles(num_tokens: int, num_planned: int) -> bool:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from moe_tta.kernels.route_model import route_model_row
+from moe_tta.kernels.route_nets import route_model_runs
 from moe_tta.kernels.route_plan import fill_unused, route_planned_row
 from moe_tta.kernels.route_tile import route_model_tile
 
@@ -43,6 +44,7 @@ def route_rows(
     num_rows,  # T
     top_k,  # TOP_K again, so that a loop over it is not unrolled: code costs time
     ROWS: tl.constexpr,
+    LANES: tl.constexpr,  # of a row, with networks; 0 without
     HAS_PADDING: tl.constexpr,
     SKIP_UNUSED: tl.constexpr,
     RUN: tl.constexpr,
@@ -79,18 +81,21 @@ def route_rows(
             padding = tl.load(padding_ptr + rows, mask=live, other=0).to(tl.int32)
             one_by_one = one_by_one | (tl.max(padding, axis=0) > 0)
         if not one_by_one:
-            experts = tl.arange(0, BLOCK_E)[None, :]
-            cells = rows[:, None] * logits_row_stride
-            cells += experts.to(tl.int64) * logits_column_stride
-            mask = live[:, None] & (experts < E)
-            logits = tl.load(logits_ptr + cells, mask=mask, other=0.0)
-            sure = route_model_tile(
-                *(weights_ptr + first * WIDTH, ids_ptr + first * WIDTH),
-                *(logits, logits_ptr + first * logits_row_stride),
-                *(logits_row_stride, logits_column_stride, live, top_k, ROWS),
-                *(E, BLOCK_E, WIDTH, BLOCK_W, RENORMALIZES, SKIP_UNUSED),
-                *(RUN, THREADS, LOADS, EXACT),
-            )
+            if LANES > 0:
+                sure = route_model_runs(
+                    *(weights_ptr + first * WIDTH, ids_ptr + first * WIDTH),
+                    *(logits_ptr + first * logits_row_stride, logits_row_stride),
+                    *(live, ROWS, LANES, E, WIDTH, TOP_K, RENORMALIZES, SKIP_UNUSED),
+                    EXACT,
+                )
+            else:
+                sure = route_model_tile(
+                    *(weights_ptr + first * WIDTH, ids_ptr + first * WIDTH),
+                    logits_ptr + first * logits_row_stride,
+                    *(logits_row_stride, logits_column_stride, live, top_k, ROWS),
+                    *(E, BLOCK_E, WIDTH, BLOCK_W, RENORMALIZES, SKIP_UNUSED),
+                    *(RUN, THREADS, LOADS, EXACT),
+                )
             one_by_one = sure == 0
     if ROWS == 1:
         _route_row(

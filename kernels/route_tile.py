@@ -29,8 +29,7 @@ _NORMAL = tl.constexpr(80.0)  # exp(-80) / 512 experts is still a normal float32
 def route_model_tile(
     weights_ptr,  # [ROWS, WIDTH] f32
     ids_ptr,  # [ROWS, WIDTH] int32
-    logits,  # [ROWS, BLOCK_E] bf16 or f16
-    logits_ptr,  # the same, [ROWS, >= E]
+    logits_ptr,  # [ROWS, >= E] bf16 or f16
     row_stride,
     column_stride,
     live,  # [ROWS], rows that exist
@@ -53,11 +52,14 @@ def route_model_tile(
     """
     experts = tl.arange(0, BLOCK_E)[None, :]
     rows = tl.arange(0, ROWS)[:, None]
+    logits_ptr += rows.to(tl.int64) * row_stride
+    where = logits_ptr + experts.to(tl.int64) * column_stride
+    mask = live[:, None] & (experts < E)
+    logits = tl.load(where, mask=mask, other=0.0)
     order = _flip(logits.to(tl.int16, bitcast=True).to(tl.int32))
     keys = tl.where(experts < E, (order << 16) | _number(experts), _LOWEST)
     best_key = tl.max(keys, axis=1)
     best = _logit(best_key, logits.dtype)
-    logits_ptr += rows.to(tl.int64) * row_stride
     total = _sum_powers(
         *(logits_ptr, column_stride, best[:, None], live, ROWS, E, RUN, THREADS),
         *(LOADS, EXACT),

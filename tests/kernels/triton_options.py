@@ -94,7 +94,10 @@ def _close_logits(kind: str, num_rows: int, num_experts: int) -> torch.Tensor:
     return made[kind]
 
 
-@pytest.mark.parametrize(("num_experts", "renormalize"), [(8, False), (60, True)])
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "renormalize"),
+    [(8, 3, False), (60, 3, True), (64, 8, True), (128, 7, False)],
+)
 @pytest.mark.parametrize(
     "kind",
     [
@@ -103,13 +106,13 @@ def _close_logits(kind: str, num_rows: int, num_experts: int) -> torch.Tensor:
     ],
 )
 def test_ranks_by_keys_are_ranks_by_softmax(
-    monkeypatch, kind, renormalize, num_experts
+    monkeypatch, kind, renormalize, top_k, num_experts
 ):
-    shape = make_shape(num_experts=num_experts, top_k=3, renormalize=renormalize)
+    shape = make_shape(num_experts=num_experts, top_k=top_k, renormalize=renormalize)
     rule, table = RoutingRule.from_shape(shape), make_table(shape).layer(0)
-    num_rows = 3 * (256 // num_experts) + 1
+    num_rows = 3 * max(4, 256 // num_experts) + 1
     logits = _close_logits(kind, num_rows, num_experts).to(torch.float16)
-    args = logits, torch.zeros(num_rows, dtype=torch.int32), table, rule, 3
+    args = logits, torch.zeros(num_rows, dtype=torch.int32), table, rule, top_k
     alone = launch(*args)
     monkeypatch.setattr("moe_tta.kernels.route.MANY_ROWS", 1)
     together = launch(*args)
