@@ -18,8 +18,10 @@ from moe_tta.kernels.scores import RoutingRule
 from moe_tta.kernels.table import LayerTable
 
 MANY_ROWS = 4096  # from here on a program takes several rows
-_RUNS = 16, 2  # rows of a program, and lanes of each, where rows are runs
 MANY_WITH_PLANS = 16384  # the same where some rows have plans
+# rows of a program and lanes of each, where rows are runs: the first below 16384 rows.
+# Fastest of eight on an H200 (docs/log.md)
+_FEW_RUNS, _MANY_RUNS = (8, 4), (16, 2)
 
 
 class RoutingKernel:
@@ -72,7 +74,7 @@ class RoutingKernel:
         self._layer = packed.stride(0), layer
         self._constants = _constants(rule, width, num_experts, model_rows, skip_unused)
         self._tile = self._rows_together(), 0
-        self._runs = _RUNS if self._fits_runs() else self._tile
+        self._has_runs = self._fits_runs()
         self._launch = Launcher(route_rows, self._all_constants)
 
     def __call__(
@@ -103,9 +105,7 @@ class RoutingKernel:
         ids = torch.empty(shape, dtype=torch.int32, device=device)
         if num_tokens == 0:
             return Routing(weights, ids)
-        rows, lanes = 1, 0
-        if router_logits.itemsize == 2 and _fits_tiles(num_tokens, num_planned):
-            rows, lanes = self._runs if router_logits.stride(1) == 1 else self._tile
+        rows, lanes = self._rows_and_lanes(router_logits, num_planned)
         strides = router_logits.stride()
         self._launch(
             (-(-num_tokens // rows), 1, 1),
@@ -126,6 +126,18 @@ class RoutingKernel:
             ),
         )
         return Routing(weights, ids)
+
+    def _rows_and_lanes(
+        self, router_logits: torch.Tensor, num_planned: int
+    ) -> tuple[int, int]:
+        """Return how many rows a program takes, and lanes of each; 0 without runs."""
+        num_tokens = len(router_logits)
+        if router_logits.itemsize != 2 or not _fits_tiles(num_tokens, num_planned):
+            return 1, 0
+        # one row with a plan makes its program's other runs wait: 25 instead of 4 us
+        if num_planned or not self._has_runs or router_logits.stride(1) != 1:
+            return self._tile
+        return _FEW_RUNS if num_tokens < MANY_WITH_PLANS else _MANY_RUNS
 
     def _all_constants(
         self, rows: int, lanes: int, dtype: torch.dtype, has_padding: bool, *_: object
@@ -190,6 +202,7 @@ def route_triton(
     rule: RoutingRule,
     width: int,
     layer: int,
+    num_planned: int = 0,
 ) -> Routing:
     """Route every row by its slot's plan; see `RoutingKernel` for the arguments.
 
@@ -198,7 +211,7 @@ def route_triton(
     """
     kernel = RoutingKernel(table, rule, width, layer)
     check_rows(router_logits, slots, positions, table.bias.shape[1])
-    return kernel(router_logits, slots, positions)
+    return kernel(router_logits, slots, positions, num_planned=num_planned)
 
 
 def _constants(

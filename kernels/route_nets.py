@@ -20,6 +20,7 @@ from moe_tta.kernels.route_ranks import INF
 RUN = 8  # experts that `SumOrder` sums one after the other; most of `top_k` and WIDTH
 _NUMBER = tl.constexpr(0x1FFF)  # low bits, 0 in every 16-bit float as a float32
 _LOGIT = tl.constexpr(-0x2000)  # the others
+_MAGNITUDE = tl.constexpr(0x7FFFE000)  # of these, all but the sign
 _LOWEST = tl.constexpr(-(2**31))  # below every key
 # see `route_tile._APART` and `_NORMAL`
 _APART = tl.constexpr(2.0**-15)
@@ -206,7 +207,7 @@ def _bits(logits):
 @triton.jit
 def _turn(bits):
     """Map a float32's bits to an integer of the same order, or back."""
-    return bits ^ ((bits >> 31) & (0x7FFFFFFF & _LOGIT))
+    return bits ^ ((bits >> 31) & _MAGNITUDE)
 
 
 @triton.jit

@@ -53,21 +53,24 @@ class Model:
             (rows + index * case.tokens) % NUM_PLANS + 1 for index in range(len(logits))
         ]
 
-        def ours(table: LayerTable, slots: list[torch.Tensor]) -> list[Callable]:
+        def ours(
+            table: LayerTable, slots: list[torch.Tensor], num_planned: int
+        ) -> list[Callable]:
             rest = positions, table, self.rule, case.top_k, 0
             return [
-                partial(route_triton, x, s, *rest)
+                partial(route_triton, x, s, *rest, num_planned=num_planned)
                 for x, s in zip(logits, slots, strict=True)
             ]
 
         count, read = len(logits), partial(must_read, case)
         found = {
-            "slot 0": Variant(read(), ours(self.one, [none] * count)),
+            "slot 0": Variant(read(), ours(self.one, [none] * count, 0)),
             "one bias": Variant(
-                read(self.biased, 1), ours(self.one, [none + 1] * count)
+                read(self.biased, 1), ours(self.one, [none + 1] * count, case.tokens)
             ),
             "all differ": Variant(
-                read(self.full, min(case.tokens, NUM_PLANS)), ours(self.many, walk)
+                read(self.full, min(case.tokens, NUM_PLANS)),
+                ours(self.many, walk, case.tokens),
             ),
         }
         if stock is not None:
