@@ -53,7 +53,6 @@ def _load(vllm_config: Any, model: Any) -> AdapterModel:
     if config.quantization is not None:
         raise AdapterError(f"its weights are quantised ({config.quantization})")
     if vllm_config.device_config.device_type != "cpu":
-        logger.warning("moe-tta's adapter has not been run on a GPU by its authors")
         _refuse_other_layouts(model)
         return AdapterModel.from_served(
             config.hf_text_config, dict(model.named_parameters())
