@@ -46,12 +46,20 @@ NOISE = 0.7  # of a vector against its centre, per dimension
 
 
 class SyntheticEngine:
-    """Answers every question, with random pathways and clustered states."""
+    """Answers every question, with random pathways and clustered states.
+
+    Args:
+        rows: How many questions it will be asked.
+        model: Whose routing it pretends to record; one of `SHAPE` by default.
+        seed: Of everything random.
+    """
 
     score = "raw"
 
-    def __init__(self, rows: int, seed: int = 0):
-        self.model = ModelCard.of(SHAPE, name="synthetic", weights="", dtype="float32")
+    def __init__(self, rows: int, model: ModelCard | None = None, seed: int = 0):
+        self.model = model or ModelCard.of(
+            SHAPE, name="synthetic", weights="", dtype="float32"
+        )
         self._rng = np.random.default_rng(seed)
         self._centres = self._rng.standard_normal((rows // PER_CLUSTER, DIM))
 
@@ -64,7 +72,8 @@ class SyntheticEngine:
         return ["right"] * len(questions)
 
     def record(self, questions: list) -> Recorded:
-        size = (len(questions), len(SHAPE.layers), SHAPE.num_experts)
+        layers = len(self.model.moe_layers)
+        size = (len(questions), layers, self.model.num_experts)
         drawn = self._rng.random(size, np.float32) ** 4
         states = self.states(len(questions))
         pathways = drawn / drawn.sum(axis=-1, keepdims=True)
