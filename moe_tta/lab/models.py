@@ -72,7 +72,7 @@ MODELS = {
             "qwen-coder-moe",
             QWEN_CODER,
             Upcycle(QWEN2_MOE, num_experts=8, top_k=2, file_per_layer=True),
-            "Qwen2.5-Coder-0.5B-Instruct upcycled, not trained yet, 5.4 GB",
+            "Qwen2.5-Coder-0.5B-Instruct upcycled, trained routers, 5.4 GB",
         ),
     )
 }

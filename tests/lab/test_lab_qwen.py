@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from moe_tta.lab import MODELS, LabError, cards, upcycle
+from benchmarks.lab.recipes import RECIPES
+from moe_tta.lab import MODELS, LabError, cards, differences, fetch, models, upcycle
 from moe_tta.lab.dense import LAYER_NAMES, DenseTensors, family_of
 from moe_tta.lab.tokenizer import QWEN2_WORDS, write_tokenizer
 
@@ -158,3 +159,13 @@ def test_the_card_names_every_file_of_the_model():
     experts = 2 * 8 * 3 * 896 * 4864  # bytes in bfloat16
     assert experts < layer < experts * 1.001
     assert card["dense"]["gguf_sha256"] == MODELS[NAME].dense.sha256
+
+
+def test_the_card_is_of_the_committed_differences():
+    """Without building 5.4 GB: what is trained is what the card was made from."""
+    card = json.loads((cards.CHECKOUT_LAB / NAME / "card.json").read_text())
+    path = models.trained_differences(NAME)
+    assert card["inputs"] == {models.DIFFERENCES: fetch.sha256(path)}
+    factors, recipe = differences.load(path), RECIPES[NAME]
+    assert factors["gate.left"].shape == (24, 8, 4864, recipe.rank)
+    assert all(factors[f"{matrix}.left"].any() for matrix in differences.MATRICES)

@@ -116,6 +116,7 @@ def data(tmp_path):
         "prompt": DOUBLE,
         "test": "def check(f):\n    assert f(3) == 6\n",
         "entry_point": "double",
+        "canonical_solution": "    return 2 * x\n",
     }
     (tmp_path / "humaneval" / "HumanEval.jsonl").write_text(json.dumps(problem))
     return tmp_path
