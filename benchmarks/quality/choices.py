@@ -36,6 +36,11 @@ class ChoiceJudge:
         self.normalisation = normalisation
         self.scorer: Scorer | None = None
 
+    def check(
+        self, questions: Sequence[ChoiceQuestion], arms: Sequence[Arm], journal: Journal
+    ) -> None:
+        """Accept every length: what a scorer cannot read, it refuses itself."""
+
     def answer(
         self, questions: Sequence[ChoiceQuestion], arms: Sequence[Arm], journal: Journal
     ) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy on the tuning part over beta, one panel a task."""
+"""Accuracy on the tuning part over beta, one panel a task and model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 3
+LOWEST, LOWEST_TOP = -0.02, 0.1  # limits of an axis where all is wrong
 
 
 def sweeps(results: list[dict[str, Any]]) -> Figure:
@@ -41,7 +42,10 @@ def sweeps(results: list[dict[str, Any]]) -> Figure:
             lines[name] = panel.errorbar(
                 x, y, (low, high), marker="o", capsize=2, color=colour
             )
-        panel.set_title(f"{result['task']}, n = {plain['n']}")
+        model = result["conditions"]["flags"]["model"]
+        panel.set_title(f"{model}, {result['task']}, n = {plain['n']}", size="medium")
+        bottom, top = panel.get_ylim()
+        panel.set_ylim(max(bottom, LOWEST), max(top, LOWEST_TOP))
         panel.set_xlabel("beta")
     figure.supylabel("accuracy on the tuning part", fontsize="medium")
     figure.legend(

@@ -16,7 +16,7 @@ from benchmarks.overhead.record import conditions
 from benchmarks.quality.arms import PLAIN, Arm
 from benchmarks.quality.judges import judge_for
 from benchmarks.quality.report import flags_of, write_result
-from benchmarks.quality.study import ask, folder_of, write_down
+from benchmarks.quality.study import ask, check, folder_of, write_down
 from benchmarks.quality.tasks import find_task
 
 
@@ -46,6 +46,8 @@ def follow(
     for arm in everyone:
         arm.compiled(shape)  # refuses what the model cannot do before anything runs
     with judge_for(task, args, shape, everyone, settings) as judge:
+        check(args, task, task.tune, tuned_arms, judge)
+        check(args, task, task.test, everyone, judge)
         if args.write_only:
             write_down(args, task, task.tune, tuned_arms, judge)
             write_down(args, task, task.test, everyone, judge)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ def losses_of_rounds(results: list[dict[str, Any]], role: str = "test") -> Figur
     from matplotlib.figure import Figure
 
     drawn = [
-        (f"{result['task']}, {arm['name']}".replace(",steps", "\nsteps"), arm)
+        (f"{result['task']}\n{arm['name']}", arm)
         for result in results
         for arm in result[role]["arms"]
         if arm.get("rounds", {}).get("losses")
     ]
     if not drawn:
         raise ValueError("no arm of these results had rounds")
-    columns = min(COLUMNS, len(drawn))
+    columns = min(COLUMNS, math.isqrt(len(drawn) - 1) + 1)
     rows = -(-len(drawn) // columns)
     figure = Figure(figsize=(4.5 * columns, 3.4 * rows), layout="constrained")
     for place, (title, arm) in enumerate(drawn, 1):
@@ -41,10 +42,11 @@ def losses_of_rounds(results: list[dict[str, Any]], role: str = "test") -> Figur
         losses = arm["rounds"]["losses"]
         first = [(before, after) for number, before, after in losses if number == 0]
         later = [(before, after) for number, before, after in losses if number > 0]
-        for label, pairs in (("first round", first), ("later rounds", later)):
+        kinds = [("first rounds", first), ("later rounds", later)]
+        for label, pairs in [(label, pairs) for label, pairs in kinds if pairs]:
             x = [before for before, _ in pairs]
             y = [after - before for before, after in pairs]
-            panel.scatter(x, y, s=8, alpha=0.5, label=f"{label}, {len(pairs)}")
+            panel.scatter(x, y, s=8, alpha=0.5, label=f"{len(pairs)} {label}")
         panel.axhline(0, color="black", linewidth=1)
         panel.set_title(title, fontsize="small")
         panel.legend(fontsize="small")

@@ -28,6 +28,11 @@ OUTCOME_OPTIONS = (
 class Judge(Protocol):
     """How one kind of task gets its outcomes and what they are worth."""
 
+    def check(
+        self, questions: Sequence[Question], arms: Sequence[Arm], journal: Journal
+    ) -> None:
+        """Raise a `ValueError` if an outcome that is missing could never be had."""
+
     def answer(
         self, questions: Sequence[Question], arms: Sequence[Arm], journal: Journal
     ) -> None:
@@ -126,12 +131,39 @@ def write_down(
     Returns:
         The questions, the SHA-256 of the data files, and the journal.
     """
+    questions, files, journal = open_part(args, task, part, arms)
+    judge.answer(questions, arms, journal)
+    return questions, files, journal
+
+
+def check(
+    args: argparse.Namespace, task: Task, part: Part, arms: Sequence[Arm], judge: Judge
+) -> None:
+    """Refuse what some arm could not be asked, before any is.
+
+    Args:
+        args: The shared options.
+        task: The task.
+        part: Its `tune` or `test`.
+        arms: Who may be asked.
+        judge: For tasks of this kind.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    questions, _, journal = open_part(args, task, part, arms)
+    judge.check(questions, arms, journal)
+
+
+def open_part(
+    args: argparse.Namespace, task: Task, part: Part, arms: Sequence[Arm]
+) -> tuple[list[Question], dict[str, str], Journal]:
+    """Return a part's questions, the SHA-256 of its files, and its journal so far."""
     limit = args.tune if part is task.tune else args.test
     shown = {example.id for arm in arms for example in arm.examples}
     questions, files = load(task, part, args.data, args.shots, limit, args.seed, shown)
     name = "tune" if part is task.tune else "test"
     journal = Journal(folder_of(args) / f"{name}.jsonl", made_with(args, files))
-    judge.answer(questions, arms, journal)
     return questions, files, journal
 
 

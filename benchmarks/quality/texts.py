@@ -15,10 +15,11 @@ from benchmarks.quality.answers import majority
 from benchmarks.quality.arms import Arm, Vote
 from benchmarks.quality.engine import Engine, sampling_params
 from benchmarks.quality.journal import Journal
+from benchmarks.quality.prompts import check_lengths, prompt
 from benchmarks.quality.rounds import summary
 from benchmarks.quality.sandbox import run_program
 from benchmarks.quality.tasks.code import COMPLETION
-from benchmarks.quality.tasks.question import Task, TextQuestion, worked
+from benchmarks.quality.tasks.question import Task, TextQuestion
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -40,6 +41,18 @@ class TextJudge:
         self.task = task
         self.args = args
 
+    def check(
+        self, questions: Sequence[TextQuestion], arms: Sequence[Arm], journal: Journal
+    ) -> None:
+        """Refuse prompts that leave no room for an answer, before vLLM does.
+
+        Raises:
+            ValueError: with the arm, the question and the option to change.
+        """
+        missing = self._missing(questions, arms, journal).values()
+        if missing:
+            check_lengths(list(missing), self.args)
+
     def answer(
         self, questions: Sequence[TextQuestion], arms: Sequence[Arm], journal: Journal
     ) -> None:
@@ -48,21 +61,16 @@ class TextJudge:
         So the requests that run at a time mostly are alike: they share the examples
         before their questions, and rounds that ask for the same work can be one job.
         """
-        todo = {
-            key: (arm, question)
-            for arm in arms
-            for question in questions
-            for key in self._keys(question, arm)
-        }
-        missing = [key for key in todo if key not in journal]
+        missing = self._missing(questions, arms, journal)
+        keys = list(missing)
         requests = [
-            ({"prompt": prompt(*todo[key])}, self._params(todo[key][0], key))
-            for key in missing
+            ({"prompt": prompt(arm, question)}, self._params(arm, key))
+            for key, (arm, question) in missing.items()
         ]
         if requests:
             answers = self.engine.run(requests)
-            for index, output in tqdm(answers, journal.path.stem, len(missing)):
-                journal.add(missing[index], outcome(output))
+            for index, output in tqdm(answers, journal.path.stem, len(keys)):
+                journal.add(keys[index], outcome(output))
 
     def right(self, question: TextQuestion, arm: Arm, journal: Journal) -> float:
         """Return 1 for the right answer; for programs, the share that passes.
@@ -99,6 +107,17 @@ class TextJudge:
         rounds = [each.get("rounds", []) for each in outcomes]
         return {**found, "rounds": summary(rounds)} if any(rounds) else found
 
+    def _missing(
+        self, questions: Sequence[TextQuestion], arms: Sequence[Arm], journal: Journal
+    ) -> dict[Key, tuple[Arm, TextQuestion]]:
+        return {
+            key: (arm, question)
+            for arm in arms
+            for question in questions
+            for key in self._keys(question, arm)
+            if key not in journal
+        }
+
     def _params(self, arm: Arm, key: Key) -> Any:
         return sampling_params(
             arm,
@@ -119,11 +138,6 @@ class TextJudge:
             program = question.gold.replace(COMPLETION, journal[key]["text"])
             journal.add(("run", *key), run_program(program).verdict)
         return journal[("run", *key)]
-
-
-def prompt(arm: Arm, question: TextQuestion) -> str:
-    """Return what the model continues."""
-    return worked(arm.examples) + question.prompt
 
 
 def outcome(output: RequestOutput) -> dict[str, Any]:

@@ -166,3 +166,17 @@ def test_options_that_contradict_each_other(given, message):
     args = f"reroute --model m --data d --task {given}".split()
     with pytest.raises(ValueError, match=message):
         check_options(parser().parse_args(args))
+
+
+def test_prompts_that_are_too_long_stop_before_anything_runs(
+    run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Engine, "run", None)
+    # byte tokens; the longest prompt is a question after two worked examples
+    head, solution = "Question: What is 0 + 0?\nAnswer:", " #### 0\n\n"
+    longest = 3 * len(head) + 2 * len(solution)
+    assert run(tmp_path, "--max-model-len", str(longest)) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"expected --max-model-len above {longest}, " in message
+    assert "'in context 2'" in message
+    assert journal_of(tmp_path, "tune") == {}

@@ -76,7 +76,7 @@ def test_compute_is_that_of_a_question():
 
 def test_a_panel_for_each_arm_with_rounds():
     (panel,) = losses_of_rounds([result_of(None, summary(ANSWERS))]).axes
-    assert panel.get_title() == "gsm8k, 1"
+    assert panel.get_title() == "gsm8k\n1"
     first, later = panel.collections
     assert first.get_offsets().tolist() == [[3.0, -1.0], [1.0, 0.0]]
     assert later.get_offsets().tolist() == [[2.0, 0.5]]

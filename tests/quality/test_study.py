@@ -161,7 +161,13 @@ def result_of(task):
     ids, files = ("1", "2", "3"), {"file": "hash"}
     answers = Answers(TASKS[task].tune, ids, files, right, {arm: {} for arm in right})
     found = answers.as_json(arms.PLAIN)
-    return {"task": task, "reference": "plain", "tune": found, "test": found}
+    return {
+        "task": task,
+        "reference": "plain",
+        "conditions": {"flags": {"model": "tiny"}},
+        "tune": found,
+        "test": found,
+    }
 
 
 def test_the_file_is_json_with_a_line_for_each_arm():
@@ -204,8 +210,8 @@ def test_nats_table_by_hand():
 def test_a_panel_for_each_task_and_a_line_for_each_weak_routing():
     figure = sweeps([result_of("piqa"), result_of("sciq")])
     assert [panel.get_title() for panel in figure.axes] == [
-        "piqa, n = 3",
-        "sciq, n = 3",
+        "tiny, piqa, n = 3",
+        "tiny, sciq, n = 3",
     ]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["plain", "rank=2, alpha 0.1", "k=1, alpha 0.1"]
