@@ -21,7 +21,8 @@ demo: install ## serve a real MoE, steer it per request, draw demo-out/heatmap.p
 	@.venv/bin/python -m benchmarks.demo --model $(DEMO_MODEL)
 
 test: install ## run all tests, one process a core; ARGS="-k name" picks some
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(THREADS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(THREADS) --dist loadfile \
+		--max-worker-restart 0 $(ARGS)
 
 lint: install ## check style and formatting
 	.venv/bin/ruff check .
