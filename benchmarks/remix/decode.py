@@ -108,7 +108,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = parser().parse_args()
+    options = parser()
+    args = options.parse_args()
+    if not (args.model / "config.json").is_file():
+        options.error(
+            f"{args.model} holds no config.json: expected a checkpoint folder"
+        )
     with tempfile.TemporaryDirectory() as folder:
         row = measure(args, Path(folder))
     print(json.dumps(row["ratios"], indent=2))

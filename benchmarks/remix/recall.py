@@ -168,7 +168,12 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     from transformers import AutoConfig
 
-    args = parser().parse_args()
+    options = parser()
+    args = options.parse_args()
+    if not (args.model / "config.json").is_file():
+        options.error(
+            f"{args.model} holds no config.json: expected a checkpoint folder"
+        )
     config = AutoConfig.from_pretrained(args.model)
     shape = router_shape(config)
     size = (args.tokens, config.hidden_size, shape.num_experts)

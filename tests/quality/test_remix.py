@@ -253,6 +253,13 @@ def test_numbers_are_checked(name, value, wanted):
         check_options(args, 4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_named(byte_model, data, tmp_path):
+    words = [*command(byte_model, data, tmp_path, tmp_path)[1:], "--device", "cuda"]
+    with pytest.raises(ValueError, match="--device cuda: PyTorch finds no CUDA device"):
+        open_study(parser().parse_args(words), TASKS["arc_easy"])
+
+
 def test_the_command(byte_model, data, tmp_path, monkeypatch, capsys):
     out, work = tmp_path / "out.json", tmp_path / "work"
     monkeypatch.setattr("sys.argv", command(byte_model, data, work, out))

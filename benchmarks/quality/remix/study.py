@@ -51,8 +51,11 @@ def open_study(args: argparse.Namespace, task: Task) -> Study:
         task: The task that is tested.
 
     Raises:
-        ValueError: the adapter does not know the model; see also `open_references`.
+        ValueError: the adapter does not know the model, or there is no such device; see
+            also `open_references`.
     """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here")
     dtype = getattr(torch, args.dtype)
     model = AdapterModel.from_checkpoint(args.model, dtype, args.device)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
