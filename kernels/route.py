@@ -22,6 +22,9 @@ MANY_WITH_PLANS = 16384  # the same where some rows have plans
 # rows of a program and lanes of each, where rows are runs: the first below 16384 rows.
 # Fastest of eight on an H200 (docs/log.md)
 _FEW_RUNS, _MANY_RUNS = (8, 4), (16, 2)
+PROGRAMS = 16  # of runs on one multiprocessor: more turns instead of more programs
+_STAGES = 3  # of a loop over turns: the next turn's rows are read ahead
+_MOST_TURNS = 60  # a bit each in an int64
 
 
 class RoutingKernel:
@@ -75,6 +78,7 @@ class RoutingKernel:
         self._constants = _constants(rule, width, num_experts, model_rows, skip_unused)
         self._tile = self._rows_together(), 0
         self._has_runs = self._fits_runs()
+        self._most_programs = PROGRAMS * _multiprocessors(packed.device)
         self._launch = Launcher(route_rows, self._all_constants)
 
     def __call__(
@@ -106,9 +110,12 @@ class RoutingKernel:
         if num_tokens == 0:
             return Routing(weights, ids)
         rows, lanes = self._rows_and_lanes(router_logits, num_planned)
+        programs = tiles = -(-num_tokens // rows)
+        if lanes:
+            programs = min(tiles, max(self._most_programs, -(-tiles // _MOST_TURNS)))
         strides = router_logits.stride()
         self._launch(
-            (-(-num_tokens // rows), 1, 1),
+            (programs, 1, 1),
             (
                 *(weights, ids, router_logits, slots, positions),
                 slots if padding is None else padding,
@@ -119,6 +126,7 @@ class RoutingKernel:
             (
                 rows,
                 lanes,
+                1 if programs == tiles else _STAGES,
                 router_logits.dtype,
                 padding is not None,
                 slots.dtype,
@@ -140,7 +148,13 @@ class RoutingKernel:
         return _FEW_RUNS if num_tokens < MANY_WITH_PLANS else _MANY_RUNS
 
     def _all_constants(
-        self, rows: int, lanes: int, dtype: torch.dtype, has_padding: bool, *_: object
+        self,
+        rows: int,
+        lanes: int,
+        stages: int,
+        dtype: torch.dtype,
+        has_padding: bool,
+        *_: object,
     ) -> dict:
         """Return the constants of a kind of launch.
 
@@ -152,6 +166,7 @@ class RoutingKernel:
             **SumOrder.of(num_experts, dtype)._asdict(),
             "ROWS": rows,
             "LANES": lanes,
+            "STAGES": stages,
             "HAS_PADDING": has_padding,
             "EXACT": packed.is_cuda,
         }
@@ -175,6 +190,12 @@ class RoutingKernel:
             and self.width <= RUN
             and num_experts in (32, 64, 128, 256)
         )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _fits_tiles(num_tokens: int, num_planned: int) -> bool:
