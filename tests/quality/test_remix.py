@@ -273,7 +273,7 @@ def test_the_command(byte_model, data, tmp_path, monkeypatch, capsys):
     assert all(oracle > plain for oracle, plain in zip(*nats, strict=True))
     assert len(result["neighbours"]["similarities"]) == 4
     varied = [arm["name"] for arm in result["tune"]["arms"]]
-    assert len(varied) == len(set(varied)) == 31
+    assert len(varied) == len(set(varied)) == 33
     assert all(arm["n"] == 3 for arm in result["tune"]["arms"])
     assert str(tmp_path) not in out.read_text()
     assert capsys.readouterr().out.count("| arc_easy |") == len(NAMES)

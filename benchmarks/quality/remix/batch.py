@@ -60,6 +60,23 @@ class Group:
         means = _tensor([regress(one) for one in self.borrowed])
         return means.to(self.study.model.device)
 
+    def mean_at(self, share: float) -> torch.Tensor:
+        """Return weighted mean routing [Q, layers, E] f32 of another prompt token.
+
+        Args:
+            share: Of a reference's prompt that stands before the token, below 1.
+        """
+        study = self.study
+        places = [study.model.shape.layers.index(number) for number in study.layers]
+        means = []
+        for one, questions in zip(self.borrowed, self.questions, strict=True):
+            prompts = [prompt_of(self._encode(question)) for question in questions]
+            heads = [prompt[: int(share * len(prompt)) + 1] for prompt in prompts]
+            routing = last_row_routing(study.model, heads)[:, places]
+            weights = torch.from_numpy(one.weights).to(routing)
+            means.append(torch.einsum("k,kle->le", weights, routing) / weights.sum())
+        return torch.stack(means)
+
     def _encode(self, question: Question) -> Encoded:
         labelled = ChoiceQuestion("", (question.prompt,), (question.label,), 0)
         return encode(self.study.tokenizer, labelled)

@@ -58,10 +58,45 @@ def log_likelihoods_from_last_prompt_token(
         layers: Decoder layers whose distribution is given.
         omega: [Q, len(layers), E] f32.
     """
+    spans = [(len(prompt_of(one)) - 1, one.num_tokens) for one in questions]
+    return _log_likelihoods_within(model, questions, spans, layers, omega)
+
+
+@torch.no_grad()
+def log_likelihoods_at(
+    model: AdapterModel,
+    questions: Sequence[Encoded],
+    places: Sequence[int],
+    layers: Sequence[int],
+    omega: torch.Tensor,
+) -> Scores:
+    """Score questions where one token of each prompt gets the given distributions.
+
+    Args:
+        model: The adapter.
+        questions: Q of them, each with one prompt.
+        places: That token's position in each prompt.
+        layers: Decoder layers whose distribution is given.
+        omega: [Q, len(layers), E] f32.
+    """
+    spans = [(place, place + 1) for place in places]
+    return _log_likelihoods_within(model, questions, spans, layers, omega)
+
+
+def _log_likelihoods_within(
+    model: AdapterModel,
+    questions: Sequence[Encoded],
+    spans: Sequence[tuple[int, int]],
+    layers: Sequence[int],
+    omega: torch.Tensor,
+) -> Scores:
+    """Score questions; a span counts a question's packed tokens, prompt first."""
     slots = []
-    for place, question in enumerate(questions, start=1):
-        before = len(prompt_of(question)) - 1
-        slots += [0] * before + [place] * (question.num_tokens - before)
+    for number, (question, (first, end)) in enumerate(
+        zip(questions, spans, strict=True), start=1
+    ):
+        after = question.num_tokens - end
+        slots += [0] * first + [number] * (end - first) + [0] * after
     rows = torch.tensor(slots, device=model.device)
     edits = {
         number: LayerEdit(rows, target=omega[:, index])

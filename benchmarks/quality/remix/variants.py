@@ -13,7 +13,9 @@ from benchmarks.quality.remix import updates
 from benchmarks.quality.remix.batch import Batch
 from benchmarks.quality.remix.likelihoods import (
     Scores,
+    log_likelihoods_at,
     log_likelihoods_from_last_prompt_token,
+    prompt_of,
 )
 from benchmarks.quality.remix.methods import Method, given, scored
 from benchmarks.quality.remix.study import Study
@@ -46,6 +48,8 @@ def variants(study: Study, steps: int, lr: float) -> dict[Arm, Method]:
         given("random references NGD"): scored(updates.random_descent(every)),
         given("regression alpha=0.5"): scored(updates.blended(0.5)),
         given("regression span=last_prompt+generated"): _generated_too,
+        given("regression position=first"): _at(0.0),
+        given("regression position=middle"): _at(0.5),
     }
     found |= _by_neighbours(study, every) | _by_layers(study, every)
     return found | _by_rule(every)
@@ -119,3 +123,18 @@ def _generated_too(batch: Batch) -> Scores:
     return log_likelihoods_from_last_prompt_token(
         batch.study.model, batch.encoded, batch.study.layers, batch.nearest.mean
     )
+
+
+def _at(share: float) -> Method:
+    """Kernel regression at the token before which this share of the prompt stands."""
+
+    def method(batch: Batch) -> Scores:
+        prompts = [prompt_of(question) for question in batch.encoded]
+        places = [int(share * len(prompt)) for prompt in prompts]
+        omega = batch.nearest.mean_at(share)
+        study = batch.study
+        return log_likelihoods_at(
+            study.model, batch.encoded, places, study.layers, omega
+        )
+
+    return method
