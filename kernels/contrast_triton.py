@@ -8,16 +8,17 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_tta.kernels.contrast import IMPLAUSIBLE
 from moe_tta.kernels.launch import Launcher
 
 CHUNK = 4096  # tokens of the vocabulary per program
+OVERLAPPED_CHUNK = 2048  # where the second launch begins before the first ends
 
 _IMPLAUSIBLE = tl.constexpr(IMPLAUSIBLE)
 _INF = tl.constexpr(float("inf"))
 _OPTIONS = {
-    "CHUNK": CHUNK,
     "num_warps": 4,
     "enable_fp_fusion": False,  # round where `contrast_logits` rounds
 }
@@ -30,21 +31,45 @@ class ContrastRows:
     begins with the pairs that the first read last, whose strong rows are still in the
     L2 cache. Results equal `contrast.contrast_logits` bit for bit.
 
+    Overlapped (CUDA's programmatic dependent launch), the second launch loads both
+    rows while the first still runs, and waits for it to end before it reads the best
+    logits or writes. What wrote the logits has ended by then: the first launch is an
+    ordinary one, which starts after all that precedes it in its stream.
+
     Source: SCMoE, arXiv 2405.14507, equations 4 and 5; see `contrast_logits`.
 
     Args:
         max_pairs: The most pairs of a call.
         vocab_size: V, of every call.
         device: Where the logits are.
+        overlap: Whether the launches overlap; by default where they can.
+
+    Raises:
+        ValueError: they shall overlap and cannot.
     """
 
-    def __init__(self, max_pairs: int, vocab_size: int, device: torch.device | str):
-        chunks = triton.cdiv(vocab_size, CHUNK)
+    def __init__(
+        self,
+        max_pairs: int,
+        vocab_size: int,
+        device: torch.device | str,
+        overlap: bool | None = None,
+    ):
+        able = can_overlap(torch.device(device))
+        if overlap and not able:
+            raise ValueError(
+                "overlapping launches need compiled kernels and a GPU of compute "
+                "capability 9.0 or above"
+            )
         self.vocab_size = vocab_size
+        self.overlap = able if overlap is None else overlap
+        chunk = OVERLAPPED_CHUNK if self.overlap else CHUNK
+        chunks = triton.cdiv(vocab_size, chunk)
         self._best = torch.empty(max_pairs, chunks, device=device)
-        all_chunks = {"CHUNKS": triton.next_power_of_2(chunks)}
-        self._find_best = Launcher(_best_kernel, lambda *_: _OPTIONS)
-        self._combine = Launcher(_combine_kernel, lambda *_: _OPTIONS | all_chunks)
+        both = _OPTIONS | {"CHUNK": chunk, "OVERLAP": self.overlap}
+        second = {"CHUNKS": triton.next_power_of_2(chunks), "launch_pdl": self.overlap}
+        self._find_best = Launcher(_best_kernel, lambda *_: both)
+        self._combine = Launcher(_combine_kernel, lambda *_: both | second)
 
     def __call__(
         self,
@@ -112,6 +137,16 @@ class ContrastRows:
                 )
 
 
+def can_overlap(device: torch.device) -> bool:
+    """Return whether a launch on the device may begin before the one it follows ends.
+
+    NVIDIA GPUs of compute capability 9.0 and above do that, with compiled kernels.
+    """
+    compiled = isinstance(_combine_kernel, triton.JITFunction)
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return compiled and nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 # name in `contrast.COMBINE` -> f(max_pairs, vocab_size, device), its kernels
 COMBINE_ROWS: dict[str, Callable[..., ContrastRows]] = {"contrast": ContrastRows}
 
@@ -130,7 +165,10 @@ def _best_kernel(
     vocab_size,
     logits_stride,
     CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
     pair, chunk = tl.program_id(0), tl.program_id(1)
     row_ptr = logits_ptr + tl.load(leads_ptr + pair) * logits_stride
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -153,6 +191,7 @@ def _combine_kernel(
     out_stride,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     pair = tl.num_programs(0) - 1 - tl.program_id(0)
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
@@ -165,14 +204,17 @@ def _combine_kernel(
     weak = tl.load(
         weak_ptr + tokens, mask=mask, other=0.0, eviction_policy="evict_first"
     )
+    beta = tl.load(beta_ptr + pair)
+    log_alpha = tl.log(tl.load(alpha_ptr + pair).to(tl.float64)).to(tl.float32)
+    if OVERLAP:
+        gdc_wait()  # above: what the first launch does not write; below: the rest
     every = tl.arange(0, CHUNKS)
     best = tl.load(best_ptr + pair * chunks + every, mask=every < chunks, other=-_INF)
-    log_alpha = tl.log(tl.load(alpha_ptr + pair).to(tl.float64)).to(tl.float32)
     cut = tl.max(best, axis=0) + log_alpha
 
     difference = strong - weak.to(tl.float32)
     finite = tl.abs(difference) < _INF  # false for NaN too
-    contrasted = strong + tl.load(beta_ptr + pair) * tl.where(finite, difference, 0.0)
+    contrasted = strong + beta * tl.where(finite, difference, 0.0)
     result = tl.where(strong < cut, strong - _IMPLAUSIBLE, contrasted)
     out_row_ptr = out_ptr + lead * out_stride
     tl.store(out_row_ptr + tokens, result, mask=mask, eviction_policy="evict_first")

@@ -4,7 +4,8 @@
 The floor is the longer of an empty launch and a plain kernel that moves the bytes of a
 combination: two rows of logits read and one float32 row written per pair. Cold cases
 go over more buffers than twice the L2 cache holds; warm ones over one buffer again and
-again, as right after the product that wrote the logits.
+again, as right after the product that wrote the logits. Where a GPU can overlap the two
+launches, each case is timed both ways against one floor.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import triton
 from benchmarks.kernel.floor import launch_copy, launch_empty
 from benchmarks.kernel.report import append_run, judge
 from benchmarks.kernel.timing import median_us
-from moe_tta.kernels.contrast_triton import ContrastRows
+from moe_tta.kernels.contrast_triton import ContrastRows, can_overlap
 
 WORD = 4  # bytes
 LAUNCHES = (4, 64)  # in a graph, at least and at most
@@ -40,25 +41,34 @@ def must_write(vocab: int, pairs: int) -> int:
     return pairs * vocab * WORD
 
 
-def measure(vocab: int, pairs: int, dtype: torch.dtype, cold: bool) -> dict:
-    """Time one case and its floors."""
+def measure(vocab: int, pairs: int, dtype: torch.dtype, cold: bool) -> list[dict]:
+    """Time one case and its floors; one row for each way to launch."""
     read, written = must_read(vocab, pairs, dtype), must_write(vocab, pairs)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     low, high = LAUNCHES
     count = min(high, max(low, -(-5 * cache // (2 * (read + written)))))
     buffers = count if cold else 1
-    combine = ContrastRows(pairs, vocab, "cuda")
-    launches = [combination(combine, vocab, pairs, dtype) for _ in range(buffers)]
     copies = [copy(read, written) for _ in range(buffers)]
-    us = median_us(launches * (count // buffers))
     copy_us = median_us(copies * (count // buffers))
     launch_us = median_us([partial(launch_empty, torch.zeros(1, device="cuda"))] * high)
-    found = judge(us, read + written, copy_us, launch_us, None)
     name = str(dtype).removeprefix("torch.")
-    return {
+    case = {
         **{"vocab": vocab, "pairs": pairs, "logits": name, "cold": cold},
-        **{"buffers": buffers, "launches": count, **found},
+        **{"buffers": buffers, "launches": count},
     }
+    rows = []
+    for overlap in ways():
+        combine = ContrastRows(pairs, vocab, "cuda", overlap)
+        launches = [combination(combine, vocab, pairs, dtype) for _ in range(buffers)]
+        us = median_us(launches * (count // buffers))
+        found = judge(us, read + written, copy_us, launch_us, None)
+        rows.append({**case, "overlap": overlap, **found})
+    return rows
+
+
+def ways() -> tuple[bool, ...]:
+    """Return whether the launches overlap, for each way that this GPU has."""
+    return (False, True) if can_overlap(torch.device("cuda")) else (False,)
 
 
 def combination(
@@ -88,11 +98,14 @@ def copy(read: int, written: int) -> Callable[[], None]:
 
 def lines(rows: Sequence[dict]) -> list[str]:
     """Return the table as text."""
-    text = [" vocab pairs   logits  cold       us     copy   launch     GB/s  /floor"]
+    text = [
+        " vocab pairs   logits  cold overlap       us     copy   launch     GB/s  /floor"
+    ]
     for row in rows:
         text.append(
             f"{row['vocab']:6} {row['pairs']:5} {row['logits']:>8} "
-            f"{'yes' if row['cold'] else 'no':>5} {row['us']:8.2f} "
+            f"{'yes' if row['cold'] else 'no':>5} "
+            f"{'yes' if row['overlap'] else 'no':>7} {row['us']:8.2f} "
             f"{row['copy_us']:8.2f} {row['launch_us']:8.2f} "
             f"{row['bytes_per_s'] / 1e9:8.0f} {row['over_floor']:7.3f}"
         )
@@ -105,7 +118,7 @@ def main(vocabs: Sequence[int], pairs: Sequence[int], out: Path) -> int:
         print("needs a CUDA device", file=sys.stderr)
         return 2
     grid = product(vocabs, pairs, SOURCES, (True, False))
-    rows = [measure(*case) for case in grid]
+    rows = [row for case in grid for row in measure(*case)]
     conditions = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(),

@@ -7,10 +7,18 @@ import pytest
 import torch
 
 from moe_tta.kernels.contrast import COMBINE, contrast_logits
-from moe_tta.kernels.contrast_triton import CHUNK, COMBINE_ROWS, ContrastRows
+from moe_tta.kernels.contrast_triton import (
+    CHUNK,
+    COMBINE_ROWS,
+    OVERLAPPED_CHUNK,
+    ContrastRows,
+    can_overlap,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VOCABS = [1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
+OVERLAPS = [False, True] if can_overlap(torch.device(DEVICE)) else [False]
+EDGES = [CHUNK, OVERLAPPED_CHUNK] if True in OVERLAPS else [CHUNK]
+VOCABS = [1, 7, *(n + d for n in EDGES for d in (-1, 0, 1)), 3 * CHUNK + 5]
 LARGE = [1000, 50304, 128256, 151936, 256000] if DEVICE == "cuda" else [1000, 50304]
 COUNTS = [1, 2, 7, 64] if DEVICE == "cuda" else [2]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -49,12 +57,12 @@ def same_bits(got, want):
     )
 
 
-def check(vocab, pairs, dtype):
+def check(vocab, pairs, dtype, overlap):
     num_rows = 2 * pairs + 3
     logits, buffer = draw(num_rows, vocab, dtype, seed=vocab + pairs)
     given = draw_pairs(pairs, num_rows)
     leads, followers, *numbers = given
-    combine = ContrastRows(pairs + 1, vocab, DEVICE)
+    combine = ContrastRows(pairs + 1, vocab, DEVICE, overlap)
     if dtype == torch.float32:
         out, out_buffer = logits, buffer
     else:
@@ -77,15 +85,51 @@ def check(vocab, pairs, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("pairs", [0, 1, 5])
-def test_kernels_equal_the_law(vocab, pairs, dtype):
-    check(vocab, pairs, dtype)
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_kernels_equal_the_law(vocab, pairs, dtype, overlap):
+    check(vocab, pairs, dtype, overlap)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", LARGE)
 @pytest.mark.parametrize("pairs", COUNTS)
-def test_real_vocabularies(vocab, pairs, dtype):
-    check(vocab, pairs, dtype)
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_real_vocabularies(vocab, pairs, dtype, overlap):
+    check(vocab, pairs, dtype, overlap)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("overlap", OVERLAPS)
+@pytest.mark.parametrize("pairs", [1, 8, 64])
+def test_neighbours_in_a_graph_are_waited_for(pairs, overlap):
+    """A kernel writes the logits just before, another reads the result just after."""
+    rounds, vocab, replays = 6, 50304, 20
+    sources = [draw(2 * pairs, vocab, torch.float32, n)[0] for n in range(rounds)]
+    leads = torch.arange(0, 2 * pairs, 2, device=DEVICE)
+    numbers = torch.full((2, pairs), 0.5, device=DEVICE)
+    given = leads, leads + 1, *numbers
+    combine, logits = ContrastRows(pairs, vocab, DEVICE, overlap), sources[0].clone()
+    results = [torch.empty_like(logits) for _ in sources]
+
+    def run():
+        for source, result in zip(sources, results, strict=True):
+            logits.copy_(source)
+            combine(logits, logits, *given)
+            result.copy_(logits)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(replays):
+        for result in results:
+            result.fill_(7.0)
+        graph.replay()
+        for source, result in zip(sources, results, strict=True):
+            want = source.clone()
+            want[leads] = contrast_logits(source[leads], source[leads + 1], *numbers)
+            assert same_bits(result, want)
 
 
 @pytest.mark.parametrize(
