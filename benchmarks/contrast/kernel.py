@@ -99,7 +99,8 @@ def copy(read: int, written: int) -> Callable[[], None]:
 def lines(rows: Sequence[dict]) -> list[str]:
     """Return the table as text."""
     text = [
-        " vocab pairs   logits  cold overlap       us     copy   launch     GB/s  /floor"
+        " vocab pairs   logits  cold overlap       us"
+        "     copy   launch     GB/s  /floor"
     ]
     for row in rows:
         text.append(

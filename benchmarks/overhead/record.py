@@ -92,8 +92,9 @@ def _vllm() -> str:
 
 
 def _commit() -> str | None:
+    # a copy of the tree on a host without git is told its commit
     command = ["git", "describe", "--always", "--dirty"]
-    return _first_line(command, cwd=ROOT)
+    return _first_line(command, cwd=ROOT) or os.environ.get("MOE_TTA_COMMIT")
 
 
 def _driver() -> str | None:

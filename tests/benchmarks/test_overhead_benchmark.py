@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks.overhead import serve
+from benchmarks.overhead import record, serve
 from benchmarks.overhead.engines import split
 from benchmarks.overhead.models import CONFIGS, Model
 from benchmarks.overhead.modes import ENGINE_OF, MODES, engine_kind, requests
@@ -50,6 +50,20 @@ def config_only(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def test_the_commit_is_gits_or_what_a_host_without_it_was_told(monkeypatch, tmp_path):
+    by_git = record._commit()
+    monkeypatch.setenv("MOE_TTA_COMMIT", "told")
+    if by_git is not None:
+        assert record._commit() == by_git
+    monkeypatch.setattr(record, "ROOT", tmp_path)  # no repository
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert record._commit() == "told"
+    monkeypatch.setenv("PATH", "")  # no git
+    assert record._commit() == "told"
+    monkeypatch.delenv("MOE_TTA_COMMIT")
+    assert record._commit() is None
 
 
 def test_ratios_are_taken_within_a_round():

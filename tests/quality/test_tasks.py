@@ -124,24 +124,33 @@ def test_gsm8k(tmp_path):
     assert [q.id for q in tune] == ["train/1", "train/2"]  # 0 is the worked example
 
 
-def test_humaneval_and_mbpp_programs(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "end", "begin"), [("humaneval", "", "\n"), ("humaneval_newline", "\n", "")]
+)
+def test_humaneval_programs(tmp_path, name, end, begin):
     row = {"task_id": "HumanEval/0", "prompt": "def f(x):\n", "entry_point": "f"}
     row["test"] = "def check(c):\n    assert c(1) == 2\n"
     row["canonical_solution"] = "    return x + 1\n"
     write(tmp_path / "humaneval/HumanEval.jsonl", json.dumps(row))
-    task = TASKS["humaneval"]
+    task = TASKS[name]
     found = [
         question
         for part in (task.tune, task.test)
         for question in load(task, part, tmp_path, 0, None, 0)[0]
     ]
     (question,) = found  # in one of the two parts
-    assert question.prompt == "def f(x):"
-    assert question.solution == "\n    return x + 1"
+    assert question.prompt == "def f(x):" + end
+    assert question.solution == begin + "    return x + 1"
     program = question.gold.replace("{completion}", question.solution)
     exec(program, {})
     with pytest.raises(AssertionError):
-        exec(question.gold.replace("{completion}", "\n    return x"), {})
+        exec(question.gold.replace("{completion}", begin + "    return x"), {})
+
+
+def test_both_ends_of_humaneval_ask_the_same_questions():
+    bare, newline = TASKS["humaneval"], TASKS["humaneval_newline"]
+    assert (bare.tune, bare.test) == (newline.tune, newline.test)
+    assert bare.stop == newline.stop
 
 
 def test_worked_examples_are_the_first_of_the_tuning_part(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,12 @@ def _olmes(name: str, tune: tuple[str, str], test: tuple[str, str], **more) -> T
 
 def _rc(split: str) -> str:
     return f"{split}_rc_5shot/requests.jsonl.gz"
+
+
+def _humaneval(name: str, newline: bool) -> Task:
+    read = partial(code.read_humaneval, newline=newline)
+    parts = _one_split("test", "humaneval/HumanEval.jsonl", 0.3)
+    return Task(name, "code", read, *parts, stop=code.HUMANEVAL_STOP)
 
 
 def _one_split(split: str, files: str, share: float) -> tuple[Part, Part]:
@@ -99,13 +106,8 @@ TASKS = {
             stop=("\nProblem:",),
             extract=latex_answer,
         ),
-        Task(
-            "humaneval",
-            "code",
-            code.read_humaneval,
-            *_one_split("test", "humaneval/HumanEval.jsonl", 0.3),
-            stop=code.HUMANEVAL_STOP,
-        ),
+        _humaneval("humaneval", newline=False),
+        _humaneval("humaneval_newline", newline=True),
         Task(
             "mbpp",
             "code",

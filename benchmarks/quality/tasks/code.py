@@ -16,14 +16,20 @@ HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 MBPP_STOP = ("\n```", "\nassert", "\nclass", "\nprint", "\nif", "\n#")
 
 
-def read_humaneval(path: Path, shots: int) -> list[TextQuestion]:
+def read_humaneval(path: Path, shots: int, newline: bool) -> list[TextQuestion]:
     """Read HumanEval's problems; the prompt is the head of the function.
 
-    It ends before its last newline: a model that is given the newline has lost the
-    token in which it would have begun the next line, and often starts another function
-    instead.
+    Where it should end depends on the tokenizer. If that joins newline and indentation,
+    a prompt with the newline has cut the token in which the body begins; if it joins
+    closing quotes and newline, a prompt without it has cut the token in which the
+    docstring ends. A model then often writes another function instead of the body.
 
-    Source: HumanEval, arXiv 2107.03374; the prompt's end is ours.
+    Source: HumanEval, arXiv 2107.03374.
+
+    Args:
+        path: The authors' file.
+        shots: Must be 0.
+        newline: Whether the prompt keeps its last newline, as published.
 
     Raises:
         DataError: worked examples are asked for.
@@ -31,15 +37,20 @@ def read_humaneval(path: Path, shots: int) -> list[TextQuestion]:
     if shots:
         raise DataError("humaneval has no worked examples")
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
-    return [
-        TextQuestion(
-            row["task_id"],
-            row["prompt"].rstrip(),
-            f"{row['prompt'].rstrip()}{COMPLETION}\n{row['test']}\ncheck({row['entry_point']})\n",
-            "\n" + row["canonical_solution"].rstrip(),
-        )
-        for row in rows
-    ]
+    return [_humaneval(row, newline) for row in rows]
+
+
+def _humaneval(row: dict, newline: bool) -> TextQuestion:
+    prompt, solution = row["prompt"].rstrip(), row["canonical_solution"].rstrip()
+    prompt, solution = (
+        (prompt + "\n", solution) if newline else (prompt, "\n" + solution)
+    )
+    return TextQuestion(
+        row["task_id"],
+        prompt,
+        f"{prompt}{COMPLETION}\n{row['test']}\ncheck({row['entry_point']})\n",
+        solution,
+    )
 
 
 def read_mbpp(path: Path, shots: int) -> list[TextQuestion]:
