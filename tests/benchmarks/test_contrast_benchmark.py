@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,33 @@ def test_bytes_of_a_pair():
     assert kernel.must_read(1000, 3, torch.bfloat16) == 3 * 2 * 1000 * 2
     assert kernel.must_read(1000, 3, torch.float32) == 3 * 2 * 1000 * 4
     assert kernel.must_write(1000, 3) == 3 * 1000 * 4
+
+
+@pytest.mark.parametrize(("able", "both"), [(True, [False, True]), (False, [False])])
+def test_both_ways_to_launch_stand_beside_one_floor(monkeypatch, able, both):
+    class Rows:
+        def __init__(self, pairs, vocab, device, overlap):
+            self.overlap = overlap
+
+    timed = {"copy": 4.0, "empty": 1.0, False: 8.0, True: 6.0}
+    gpu = SimpleNamespace(L2_cache_size=1)
+    fakes = {
+        "can_overlap": lambda device: able,
+        "ContrastRows": Rows,
+        "combination": lambda combine, *case: combine.overlap,
+        "copy": lambda read, written: "copy",
+        "partial": lambda *call: "empty",
+        "median_us": lambda launches: timed[launches[0]],
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(kernel, name, fake)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    rows = kernel.measure(1000, 2, torch.float32, True)
+    assert [row["overlap"] for row in rows] == both
+    assert [row["over_floor"] for row in rows] == [2.0, 1.5][: len(both)]
+    assert {row["copy_us"] for row in rows} == {4.0}
+    assert len({len(line) for line in kernel.lines(rows)}) == 1
 
 
 def test_a_round_on_an_engine(config_only, tmp_path):  # noqa: F811
