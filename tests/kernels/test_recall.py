@@ -101,6 +101,26 @@ def test_a_row_equal_to_a_key_gets_its_assignment(dtype):
         assert weights == [0.375, 0.25]
 
 
+def test_of_equal_cosines_the_lowest_places_come_first():
+    """Equal on the grid: a key a hundredth of a step nearer comes after."""
+    near = 0.75 + 0.01 / GRID
+    keys = [[0.5, math.sqrt(3) / 2], KEYS[0], [near, math.sqrt(1 - near**2)], KEYS[0]]
+    values = [[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0], [0, 0, 0, 1.0]]
+    for count, want in ((1, [0, 1.0, 0, 0]), (2, [0, 0.5, 0.5, 0])):
+        found = recall(torch.tensor(ROW), counts(count), memory(keys, values))
+        assert found.target[0].tolist() == want
+        assert found.mix.item() == 0.75
+    last = recall(torch.tensor(ROW), counts(4), memory(keys, values))
+    np.testing.assert_allclose(last.target[0], [0.5 / 2.75, *[0.75 / 2.75] * 3], U)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_rows_without_a_number_recall_nothing(odd):
+    found = recall(torch.tensor([[odd, 1.0], [1.0, 0.0]]), counts(2, 1), memory())
+    assert found.mix.tolist() == [0.0, 0.75]
+    assert found.target[0].tolist() == [0.0] * 4
+
+
 def brute_force(hidden, count, keys, values):
     """Return (target, mix) of one row, in Python's floats."""
     length = math.sqrt(math.fsum(h * h for h in hidden))
@@ -109,8 +129,8 @@ def brute_force(hidden, count, keys, values):
         / (length * math.sqrt(math.fsum(k * k for k in key)))
         for key in keys
     ]
-    nearest = sorted(range(len(keys)), key=lambda j: -cosines[j])[:count]
     cosines = [round(cosine * GRID) / GRID for cosine in cosines]
+    nearest = sorted(range(len(keys)), key=lambda j: -cosines[j])[:count]  # stable
     share = [max(cosines[j], 0.0) for j in nearest]
     total = math.fsum(share) or 1.0
     target = [
