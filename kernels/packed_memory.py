@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+_AT_ONCE = 4096  # tokens
+
 
 class StoredTokens(NamedTuple):
     """One layer of one memory as its store holds it; N tokens."""
@@ -30,6 +32,11 @@ class PackedMemory(NamedTuple):
     starts: torch.Tensor  # [P + 1] int64; place p, from 1, ends where p + 1 starts
 
     @property
+    def searched(self) -> tuple[torch.Tensor, ...]:
+        """What finding the nearest tokens reads."""
+        return self.keys, self.inverse_lengths, self.starts
+
+    @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
         return sum(part.nbytes for part in self)
@@ -45,14 +52,15 @@ def pack(
         device: Where the block shall live.
     """
     there = [one for one in stored if one is not None]
-    keys = torch.cat([one.keys for one in there]).to(device)
-    lengths = torch.cat([one.keys.double().norm(dim=1) for one in there])
+    keys, values = (_together([one[part] for one in there]) for part in (0, 1))
+    # in float64, but not all at once
+    lengths = torch.cat([part.double().norm(dim=1) for part in keys.split(_AT_ONCE)])
     counts = torch.tensor([0 if one is None else len(one.keys) for one in stored])
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    values = torch.cat([one.values for one in there])
     return PackedMemory(
-        keys.contiguous(),
-        (1 / lengths).to(device),
-        values.to(device).contiguous(),
-        starts.to(device),
+        *(part.to(device) for part in (keys, 1 / lengths, values, starts))
     )
+
+
+def _together(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)

@@ -44,9 +44,9 @@ class Recalled(NamedTuple):
 def recall(hidden: torch.Tensor, counts: torch.Tensor, memory: LayerMemory) -> Recalled:
     """Return the mean assignment of each row's nearest tokens, and its share.
 
-    With the cosines s_j of the row and its nearest keys, rounded to `GRID` before any is
-    chosen, negative ones weighing nothing: `target = sum_j s_j v_j / sum_j s_j`; and
-    `mix = mean_j s_j`, cut to 0..1. Of equal cosines the lowest places come first.
+    With the cosines s_j of the row and its nearest keys, rounded to `GRID` before any
+    is chosen, negative ones weighing nothing: `target = sum_j s_j v_j / sum_j s_j`;
+    and `mix = mean_j s_j`, cut to 0..1. Of equal cosines the lowest places come first.
 
     Source: kNN-MoE, arXiv 2601.02144: similarity-weighted mean of the neighbours'
     assignments, mixed in by their mean similarity.

@@ -107,8 +107,7 @@ class RecallKernel:
         grid, kind = (self._programs, 1, 1), (hidden.dtype, hidden.stride(0))
         self._search(
             grid,
-            (hidden, *rows, memory.keys, memory.inverse_lengths, memory.starts)
-            + (space.lists,),
+            (hidden, *rows, *memory.searched, space.lists),
             (hidden.stride(0), *numbers),
             kind,
         )

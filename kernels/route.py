@@ -9,6 +9,7 @@ import torch
 import triton
 
 from moe_tta.kernels.launch import Launcher
+from moe_tta.kernels.recall import Recalled
 from moe_tta.kernels.reference import Routing
 from moe_tta.kernels.route_checks import check_rows, check_rule, check_table
 from moe_tta.kernels.route_model import SumOrder
@@ -89,6 +90,7 @@ class RoutingKernel:
         padding: torch.Tensor | None = None,
         given: Routing | None = None,
         num_planned: int = 0,
+        recalled: Recalled | None = None,
     ) -> Routing:
         """Return the routing of T rows; arguments are not checked, `check_rows` does.
 
@@ -102,6 +104,8 @@ class RoutingKernel:
                 `ModelRows.GIVEN`.
             num_planned: About how many rows have a plan. This decides what is fast,
                 never the result.
+            recalled: What the rows recall, contiguous; read where a row's plan names a
+                memory, and needed if one does.
         """
         num_tokens, device = router_logits.shape[0], router_logits.device
         shape = (num_tokens, self.width)
@@ -121,6 +125,7 @@ class RoutingKernel:
                 slots if padding is None else padding,
                 *((weights, ids) if given is None else given),
                 *self._fixed,
+                *((weights, weights) if recalled is None else recalled),
             ),
             (*strides, *self._layer, num_tokens, self.rule.top_k),
             (
@@ -129,6 +134,7 @@ class RoutingKernel:
                 1 if programs == tiles else _STAGES,
                 router_logits.dtype,
                 padding is not None,
+                recalled is not None,
                 slots.dtype,
                 strides,
             ),
@@ -154,6 +160,7 @@ class RoutingKernel:
         stages: int,
         dtype: torch.dtype,
         has_padding: bool,
+        recalls: bool,
         *_: object,
     ) -> dict:
         """Return the constants of a kind of launch.
@@ -168,6 +175,7 @@ class RoutingKernel:
             "LANES": lanes,
             "STAGES": stages,
             "HAS_PADDING": has_padding,
+            "RECALLS": recalls,
             "EXACT": packed.is_cuda,
         }
 

@@ -40,6 +40,7 @@ _K_MIN, _K_MAX, _RENORM = (
     tl.constexpr(_OFFSETS[n]) for n in ("k_min", "k_max", "renorm")
 )
 _SELECT_ARGS, _BIAS = (tl.constexpr(_OFFSETS[n]) for n in ("select_args", "bias"))
+_MEMORY = tl.constexpr(_OFFSETS["memory"])
 
 
 @triton.jit
@@ -51,7 +52,10 @@ def route_planned_row(
     position_ptr,
     plan_ptr,  # the slot's bytes, see `table.Layout`
     correction_ptr,  # [E], read with BIASED
+    recalled_target_ptr,  # [E] f32, read with RECALLS where the plan names a memory
+    recalled_mix_ptr,  # f32, likewise
     layer,
+    RECALLS: tl.constexpr,
     E: tl.constexpr,
     LOG_E: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -99,9 +103,14 @@ def route_planned_row(
         keys = _steer(scores + correction.to(tl.float32), flags, allowed)
         keys = tl.where(allowed, keys, -INF)
     elif SCORING == "softmax" or SCORING == "topk_softmax":
+        target_ptr = arrays + E
+        if RECALLS:  # such a plan has no target of its own in this layer
+            recalls = tl.load(ints + _MEMORY // 4, mask=has_plan, other=0) > 0
+            mix = tl.where(recalls, tl.load(recalled_mix_ptr, mask=recalls), mix)
+            target_ptr = tl.where(recalls, recalled_target_ptr + experts, target_ptr)
         has_target = mix > 0
         if has_target:
-            target = tl.load(arrays + E, mask=allowed, other=0.0)
+            target = tl.load(target_ptr, mask=allowed, other=0.0)
             scores = tl.where(allowed, (1 - mix) * scores + mix * target, 0.0)
             keys = tl.where(allowed, scores, -INF)
     if GROUPS > 1:

@@ -37,6 +37,8 @@ def route_rows(
     given_ids_ptr,  # [T, TOP_K] int
     plans_ptr,  # [S, bytes], `LayerTable.packed`
     correction_ptr,  # [E], read with BIASED
+    recalled_target_ptr,  # [T, E] f32, read with RECALLS
+    recalled_mix_ptr,  # [T] f32, read with RECALLS
     logits_row_stride,
     logits_column_stride,
     plans_stride,
@@ -47,6 +49,7 @@ def route_rows(
     LANES: tl.constexpr,  # of a row, with networks; 0 without
     STAGES: tl.constexpr,  # of a loop over turns
     HAS_PADDING: tl.constexpr,
+    RECALLS: tl.constexpr,
     SKIP_UNUSED: tl.constexpr,
     RUN: tl.constexpr,
     THREADS: tl.constexpr,
@@ -77,8 +80,8 @@ def route_rows(
             *(weights_ptr, ids_ptr, logits_ptr, logits_row_stride),
             *(logits_column_stride, slots_ptr, positions_ptr, padding_ptr),
             *(given_weights_ptr, given_ids_ptr, plans_ptr, plans_stride),
-            *(correction_ptr, layer, top_k),
-            *(HAS_PADDING, RUN, THREADS, LOADS, IN_WARP, EXACT),
+            *(correction_ptr, recalled_target_ptr, recalled_mix_ptr, layer, top_k),
+            *(HAS_PADDING, RECALLS, RUN, THREADS, LOADS, IN_WARP, EXACT),
             *(E, LOG_E, BLOCK_E, WIDTH, BLOCK_W, TOP_K, SCORING, BIASED),
             *(RENORMALIZES, GROUPS, TOPK_GROUP, FACTOR, MODEL_ROWS),
             SKIP_UNUSED,
@@ -122,8 +125,9 @@ def route_rows(
                         *(weights_ptr, ids_ptr, logits_ptr, logits_row_stride),
                         *(logits_column_stride, slots_ptr, positions_ptr, padding_ptr),
                         *(given_weights_ptr, given_ids_ptr, plans_ptr, plans_stride),
-                        *(correction_ptr, layer, top_k),
-                        *(HAS_PADDING, RUN, THREADS, LOADS, IN_WARP, EXACT),
+                        *(correction_ptr, recalled_target_ptr, recalled_mix_ptr),
+                        *(layer, top_k, HAS_PADDING, RECALLS),
+                        *(RUN, THREADS, LOADS, IN_WARP, EXACT),
                         *(E, LOG_E, BLOCK_E, WIDTH, BLOCK_W, TOP_K, SCORING, BIASED),
                         *(RENORMALIZES, GROUPS, TOPK_GROUP, FACTOR, MODEL_ROWS),
                         SKIP_UNUSED,
@@ -151,9 +155,12 @@ def _route_row(
     plans_ptr,
     plans_stride,
     correction_ptr,
+    recalled_target_ptr,
+    recalled_mix_ptr,
     layer,
     top_k,
     HAS_PADDING: tl.constexpr,
+    RECALLS: tl.constexpr,
     RUN: tl.constexpr,
     THREADS: tl.constexpr,
     LOADS: tl.constexpr,
@@ -193,7 +200,8 @@ def _route_row(
     elif by_plan:
         route_planned_row(
             *(weights_ptr, ids_ptr, logits, slot > 0, positions_ptr + row),
-            *(plans_ptr + slot * plans_stride, correction_ptr, layer),
+            *(plans_ptr + slot * plans_stride, correction_ptr),
+            *(recalled_target_ptr + row * E, recalled_mix_ptr + row, layer, RECALLS),
             *(E, LOG_E, BLOCK_E, WIDTH, BLOCK_W, TOP_K, SCORING, BIASED),
             *(RENORMALIZES, GROUPS, TOPK_GROUP, FACTOR, SKIP_UNUSED),
         )

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from moe_tta.kernels.recall import LayerMemory, recall_rows
-from moe_tta.kernels.reference import Routing, RoutingRule, route
+from moe_tta.kernels.recall_triton import RecallKernel, RecallWorkspace
+from moe_tta.kernels.reference import Routing, RoutingRule
 from moe_tta.kernels.route import ModelRows, RoutingKernel, has_stock_rows
 from moe_tta.kernels.table import LayerTable
+from moe_tta.shape import RouterShape
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.experts import let_experts_skip
+from moe_tta.vllm_plugin.memories import Memories
 from moe_tta.vllm_plugin.rows import StepRows
 
 
@@ -23,8 +25,7 @@ class GpuLayerRouting:
     A router that only calls vLLM's `topk_softmax` is replaced by the kernel, which
     gives rows of slot 0 the same bits. Any other router runs as ever, and the kernel
     copies its result for these rows. Both launch the same kernels in every step, so a
-    captured graph stays right. An engine with token memories routes all rows once more
-    by the law in plain torch, and takes the rows whose plan names a memory from there.
+    captured graph stays right; where the layer has token memories, rows recall first.
 
     Args:
         runner: vLLM's MoE runner of the layer.
@@ -32,7 +33,7 @@ class GpuLayerRouting:
         table: The layer's part of the plan table.
         rows: The step's rows, shared by all layers.
         width: Columns of `topk_ids`, the engine's k_max.
-        memories: The layer's token memories by place.
+        recall: How rows recall, where the layer has token memories.
     """
 
     def __init__(
@@ -42,11 +43,11 @@ class GpuLayerRouting:
         table: LayerTable,
         rows: StepRows,
         width: int,
-        memories: Sequence[LayerMemory | None] = (),
+        recall: RecallKernel | None = None,
     ):
         self.layer = runner.layer_id
         self.rows = rows
-        self.memories = memories
+        self.recall = recall
         self.follows_stock = has_stock_rows(rule) and compat.is_plain_softmax_router(
             runner.router
         )
@@ -79,36 +80,33 @@ class GpuLayerRouting:
                     hidden_states, router_logits, indices_type, input_ids=input_ids
                 )
             )
-        rows = self.rows
-        routing = self.kernel(
+        rows, recalled = self.rows, None
+        if self.recall is not None:
+            recalled = self.recall(hidden_states, rows.slots, rows.asking)
+        return self.kernel(
             *(router_logits, rows.slots, rows.positions, padding, given),
             num_planned=rows.num_planned,
+            recalled=recalled,
         )
-        if not self.memories:
-            return routing
-        return self._with_recall(routing, hidden_states, router_logits)
 
-    def _with_recall(
-        self,
-        routing: Routing,
-        hidden_states: torch.Tensor,
-        router_logits: torch.Tensor,
-    ) -> Routing:
-        """Replace the rows whose plan names a memory; the others keep their bits."""
-        kernel, table = self.kernel, self.kernel.table
-        slots = self.rows.slots[: len(router_logits)]
-        planned = route(
-            router_logits,
-            slots,
-            self.rows.positions[: len(slots)],
-            table,
-            kernel.rule,
-            kernel.width,
-            self.layer,
-            recalled=recall_rows(hidden_states, slots, table, self.memories),
-        )
-        ours = table.memory.index_select(0, slots)[:, None] > 0
-        return Routing(
-            torch.where(ours, planned.topk_weights, routing.topk_weights),
-            torch.where(ours, planned.topk_ids, routing.topk_ids),
-        )
+
+def recall_kernels(
+    memories: Memories, max_tokens: int, shape: RouterShape, device: torch.device
+) -> Callable[[LayerTable, int], RecallKernel | None]:
+    """Return what makes a layer's way to recall; layers share one workspace.
+
+    Args:
+        memories: The engine's, packed.
+        max_tokens: The most rows of a step.
+        shape: The model's routers.
+        device: Where the memories live.
+    """
+    space = None
+    if memories.count:
+        space = RecallWorkspace(max_tokens, shape.num_experts, device)
+
+    def make(table: LayerTable, index: int) -> RecallKernel | None:
+        memory = memories.packed(index)
+        return None if memory is None else RecallKernel(table, memory, space)
+
+    return make

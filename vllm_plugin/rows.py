@@ -67,7 +67,8 @@ class StepRows:
     `slots` [max_tokens] int32 and `positions` [max_tokens] int64 are what kernels
     read; `num_planned` is how many rows of the step have a plan. On CPU, `planned`
     lists the rows whose slot is not 0 (`None` when there are none), so that the others
-    cost nothing.
+    cost nothing. `asking` [1 + max_tokens] int32 is how many rows have a plan that
+    names a token memory in some layer, then their numbers, for kernels alone.
     """
 
     def __init__(self, max_tokens: int, device: torch.device, slots: SlotTable):
@@ -77,6 +78,8 @@ class StepRows:
         self.on_cpu = device.type == "cpu"
         self.slots = torch.from_numpy(self._slots).to(device)
         self.positions = torch.from_numpy(self._positions).to(device)
+        self._asking = np.zeros(1 + max_tokens, np.int32)
+        self.asking = torch.from_numpy(self._asking).to(device)
         self.planned: torch.Tensor | None = None
         self.features = Features(0)
         self.num_planned = 0
@@ -138,6 +141,22 @@ class StepRows:
         if self.features & Features.SAMPLE:
             used = slice(self._used)
             compat.copy_to_device(self._positions[used], self.positions[used])
+        self._list_asking(runs, slots)
+
+    def _list_asking(
+        self, runs: list[tuple[int, int, int, str]], slots: dict[str, int]
+    ) -> None:
+        before, count = self._asking[0], 0
+        if self.features & Features.RECALL:
+            features = self.slot_table.table.features
+            for first, end, _, name in runs:
+                if features(slots[name]) & Features.RECALL:
+                    rows = np.arange(first, end)
+                    self._asking[1 + count : 1 + count + len(rows)] = rows
+                    count += len(rows)
+        if before or count:
+            self._asking[0], used = count, slice(1 + count)
+            compat.copy_to_device(self._asking[used], self.asking[used])
 
     def _fill(
         self, runs: list[tuple[int, int, int, str]], slots: dict[str, int]

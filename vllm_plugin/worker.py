@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from moe_tta.kernels.table import LayerTable, PlanTable
 from moe_tta.shape import RouterShape
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.limits import refuse_unsupported
-from moe_tta.vllm_plugin.memories import LayerMemories, Memories
+from moe_tta.vllm_plugin.memories import Memories
 from moe_tta.vllm_plugin.model_shape import (
     UnsupportedModelError,
     shape_from_config,
@@ -97,7 +97,6 @@ class WorkerState:
                 + shape.difference(config)
             )
         self.shape = shape
-        self.memories = Memories.load(settings, self.vllm_config, shape, self.device)
         self._arm_layers(runners, shape)
         if settings.trace_dir is not None:
             self._start_trace(Path(settings.trace_dir))
@@ -111,20 +110,21 @@ class WorkerState:
 
     def _arm_layers(self, runners: Sequence[Any], shape: RouterShape) -> None:
         scheduler = self.vllm_config.scheduler_config
-        adapted = read_settings(self.vllm_config).adapter is not None
+        settings = read_settings(self.vllm_config)
+        adapted = settings.adapter is not None
         plans = PLANS_PER_VERSIONED_REQUEST if adapted else PLANS_PER_REQUEST
         num_slots = plans * scheduler.max_num_seqs
         table = PlanTable(shape, num_slots, self.device)
         captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         max_tokens = max(scheduler.max_num_batched_tokens, captured)
         self.rows = StepRows(max_tokens, self.device, SlotTable(table, num_slots))
+        self.memories = Memories.load(
+            settings, self.vllm_config, shape, self.device, not self.rows.on_cpu
+        )
+        arm = self._arm_on_cpu if self.rows.on_cpu else self._armer(max_tokens, shape)
         for index, runner in enumerate(runners):
             rule = RoutingRule.from_shape(shape, correction_bias(runner.router))
-            layer = table.layer(index)
-            memories = self.memories.layer(index)
-            self.armed.append(
-                self._arm_layer(runner, rule, layer, shape.k_max, memories)
-            )
+            self.armed.append(arm(runner, rule, table.layer(index), index))
         logger.info(
             "moe-tta armed %d/%d layers: %d experts, top-%d (k_max %d), %s%s, %s, "
             "%d plan slots (%.1f MiB)",
@@ -146,23 +146,29 @@ class WorkerState:
                 self.memories.nbytes / 2**20,
             )
 
-    def _arm_layer(
-        self,
-        runner: Any,
-        rule: RoutingRule,
-        table: LayerTable,
-        width: int,
-        memories: LayerMemories,
-    ) -> LayerRouting | GpuLayerRouting:
-        if self.rows.on_cpu:
-            routing = LayerRouting(
-                runner.layer_id, rule, table, self.rows, width, memories
-            )
-            arm_router(runner, routing)
-            return routing
-        from moe_tta.vllm_plugin.gpu_router import GpuLayerRouting
+    def _arm_on_cpu(
+        self, runner: Any, rule: RoutingRule, table: LayerTable, index: int
+    ) -> LayerRouting:
+        width, memories = self.shape.k_max, self.memories.layer(index)
+        routing = LayerRouting(runner.layer_id, rule, table, self.rows, width, memories)
+        arm_router(runner, routing)
+        return routing
 
-        return GpuLayerRouting(runner, rule, table, self.rows, width, memories)
+    def _armer(
+        self, max_tokens: int, shape: RouterShape
+    ) -> Callable[[Any, RoutingRule, LayerTable, int], GpuLayerRouting]:
+        """Return how a layer is armed on a GPU."""
+        from moe_tta.vllm_plugin.gpu_router import GpuLayerRouting, recall_kernels
+
+        recalls = recall_kernels(self.memories, max_tokens, shape, self.device)
+
+        def arm(
+            runner: Any, rule: RoutingRule, table: LayerTable, index: int
+        ) -> GpuLayerRouting:
+            recall = recalls(table, index)
+            return GpuLayerRouting(runner, rule, table, self.rows, shape.k_max, recall)
+
+        return arm
 
     def _describe_kernel(self) -> str:
         if self.rows.on_cpu:
