@@ -22,6 +22,7 @@ CASES = (
     "triton_random.py",
     "triton_sum.py",
     "triton_contrast.py",
+    "triton_recall.py",
 )
 
 
