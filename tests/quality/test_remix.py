@@ -24,7 +24,7 @@ from benchmarks.quality.remix.likelihoods import (
 )
 from benchmarks.quality.remix.methods import all_methods
 from benchmarks.quality.remix.nearness import nearness
-from benchmarks.quality.remix.references import without_passage
+from benchmarks.quality.remix.references import open_references, without_passage
 from benchmarks.quality.remix.scorer import RemixScorer
 from benchmarks.quality.remix.sets import SETS
 from benchmarks.quality.remix.study import open_study
@@ -59,12 +59,12 @@ def tokenizer(byte_model):
     return Tokenizer.from_file(str(byte_model / "tokenizer.json"))
 
 
-def made_questions(word, count, first=0):
+def made_questions(word, count, first=0, passage=""):
     """Two choices; which one is right changes, so that some are answered right."""
     requests = []
     for number in range(first, first + count):
         a, b = WORDS[number % 10], WORDS[(number // 10 + number) % 10]
-        context = f"Question: {word} {a} {number} {b}?\nAnswer:"
+        context = f"{passage}Question: {word} {a} {number} {b}?\nAnswer:"
         requests += [
             olmes_request(number, i, choice, context, gold=number % 2)
             for i, choice in enumerate((a, b + "s"))
@@ -76,7 +76,9 @@ def made_questions(word, count, first=0):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name, part in SETS.items():
-        write_requests(folder / part.files, made_questions(name, 16))
+        passage = "A passage.\n" if name in ("sciq", "boolq") else ""
+        made = made_questions(name, 16, passage=passage)
+        write_requests(folder / part.files, made)
     write_requests(folder / TASKS["arc_easy"].test.files, made_questions("arc", 5))
     write_requests(folder / TASKS["arc_easy"].tune.files, made_questions("cra", 4))
     return folder
@@ -115,6 +117,33 @@ def test_references_are_the_other_sets_right_answers(study):
     texts = [study.store.question(row).prompt for row in range(len(study.store))]
     assert all("openbookqa" in text or "sciq" in text for text in texts)
     assert study.store.card.layers == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [("mmlu", ("boolq", "copa")), ("sciq", ("arc_easy", "openbookqa"))],
+)
+def test_references_of_the_other_tasks(byte_model, data, study, tmp_path, task, words):
+    """BoolQ keeps its passage, which its question is about."""
+    args = command(byte_model, data, tmp_path, tmp_path / "out")[1:]
+    args = parser().parse_args([*args, "--task", task])
+    rest = study.model, study.tokenizer
+    store = open_references(args, TASKS[task], *rest)
+    assert store.card.counts.questions == 32
+    texts = [store.question(row).prompt for row in range(len(store))]
+    assert len(texts) >= 4
+    assert all(any(word in text for word in words) for text in texts)
+    passages = [text.startswith("A passage.") for text in texts]
+    assert passages == ["boolq" in text for text in texts]
+
+
+def test_a_task_with_a_prompt_for_each_choice_is_refused(
+    byte_model, data, tmp_path, monkeypatch, capsys
+):
+    words = command(byte_model, data, tmp_path, tmp_path / "out")
+    monkeypatch.setattr("sys.argv", [*words, "--task", "winogrande"])
+    assert main() == 1
+    assert "share no last prompt token" in capsys.readouterr().err
 
 
 def test_updates_are_what_they_say(batch, study):

