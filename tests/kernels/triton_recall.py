@@ -217,3 +217,22 @@ def test_rows_are_routed_by_what_they_recall(model_rows):
     others = (slots == 0) | (slots == 3)
     assert torch.equal(got[0][others], without[0][others])
     assert (got[0][~others] != without[0][~others]).any(dim=1).sum() > 6
+
+
+def test_the_benchmark_times_nothing_that_differs_from_the_law():
+    from benchmarks.remix import recall_gpu
+
+    sizes = ["--hidden-size", "24", "--experts", "5", "--k", "3", "--device", DEVICE]
+    args = recall_gpu.parser().parse_args(sizes)
+    table, first = recall_gpu.one_plan(args), recall_gpu.stored(70, args)
+    every, nobody = (recall_gpu.step(4, asking, args) for asking in (True, False))
+    assert (every.asking.tolist(), every.slots.tolist()) == ([4, 0, 1, 2, 3], [1] * 4)
+    assert (nobody.asking[0].item(), nobody.slots.tolist()) == (0, [0] * 4)
+    space = RecallWorkspace(4, 5, DEVICE)
+    kernel = RecallKernel(table, pack([first], DEVICE), space)
+    wide = first.keys.double()
+    right = LayerMemory(wide / wide.norm(dim=1, keepdim=True), first.values)
+    for given in (every, nobody):
+        recall_gpu.check(kernel, given, table, right)
+    with pytest.raises(SystemExit, match="kernels and law differ"):
+        recall_gpu.check(kernel, every, table, right._replace(keys=-right.keys))
