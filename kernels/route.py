@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -24,9 +23,6 @@ MANY_WITH_PLANS = 16384  # the same where some rows have plans
 # rows of a program and lanes of each, where rows are runs: the first below 16384 rows.
 # Fastest of eight on an H200 (docs/log.md)
 _FEW_RUNS, _MANY_RUNS = (8, 4), (16, 2)
-PROGRAMS = 16  # of runs on one multiprocessor: more turns instead of more programs
-_STAGES = 3  # of a loop over turns: the next turn's rows are read ahead
-_MOST_TURNS = 60  # a bit each in an int64
 
 
 class RoutingKernel:
@@ -80,7 +76,6 @@ class RoutingKernel:
         self._constants = _constants(rule, width, num_experts, model_rows, skip_unused)
         self._tile = self._rows_together(), 0
         self._has_runs = self._fits_runs()
-        self._most_programs = PROGRAMS * _multiprocessors(packed.device)
         self._launch = Launcher(route_rows, self._all_constants)
 
     def __call__(
@@ -115,12 +110,9 @@ class RoutingKernel:
         if num_tokens == 0:
             return Routing(weights, ids)
         rows, lanes = self._rows_and_lanes(router_logits, num_planned)
-        programs = tiles = -(-num_tokens // rows)
-        if lanes:
-            programs = min(tiles, max(self._most_programs, -(-tiles // _MOST_TURNS)))
         strides = router_logits.stride()
         self._launch(
-            (programs, 1, 1),
+            (-(-num_tokens // rows), 1, 1),
             (
                 *(weights, ids, router_logits, slots, positions),
                 slots if padding is None else padding,
@@ -132,7 +124,6 @@ class RoutingKernel:
             (
                 rows,
                 lanes,
-                1 if programs == tiles else _STAGES,
                 router_logits.dtype,
                 padding is not None,
                 recalled is not None,
@@ -155,18 +146,26 @@ class RoutingKernel:
         return _FEW_RUNS if num_tokens < MANY_WITH_PLANS else _MANY_RUNS
 
     def _all_constants(
-        self, rows: int, lanes: int, stages: int, dtype: Any, *flags: Any
+        self,
+        rows: int,
+        lanes: int,
+        dtype: torch.dtype,
+        has_padding: bool,
+        recalls: bool,
+        *_: object,
     ) -> dict:
-        """Return the constants of a kind of launch, see `__call__`."""
+        """Return the constants of a kind of launch.
+
+        Given and recalled rows have the same types in every call.
+        """
         packed, num_experts = self.table.packed, self.table.bias.shape[1]
         return {
             **self._constants,
             **SumOrder.of(num_experts, dtype)._asdict(),
             "ROWS": rows,
             "LANES": lanes,
-            "STAGES": stages,
-            "HAS_PADDING": flags[0],
-            "RECALLS": flags[1],
+            "HAS_PADDING": has_padding,
+            "RECALLS": recalls,
             "EXACT": packed.is_cuda,
         }
 
@@ -189,12 +188,6 @@ class RoutingKernel:
             and self.width <= RUN
             and num_experts in (32, 64, 128, 256)
         )
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _fits_tiles(num_tokens: int, num_planned: int) -> bool:

@@ -34,7 +34,6 @@ def route_model_runs(
     logits_ptr,  # [ROWS, >= E] bf16 or f16, columns side by side
     row_stride,
     live,  # [ROWS], rows that exist
-    plain,  # [ROWS], rows that are the model's own
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     E: tl.constexpr,  # RUN * LANES * 2^n, at most 256
@@ -59,30 +58,28 @@ def route_model_runs(
     total = _sum_powers(runs, best[:, None], ROWS, LANES, E // (8 * LANES), EXACT)
     scale = tl.div_rn(1.0, total)
 
-    own = _own(keys, ROWS, LANES)
     sure = (total < INF) & (best - _logit(keys[7]) <= _NORMAL) | (live == 0)
-    sure = sure & plain
-    risky = _may_tie(own, logits_ptr.dtype.element_ty, 8 // LANES)
-    if tl.max(tl.max((sure[:, None] & risky).to(tl.int32), axis=1), axis=0) > 0:
+    risky = _may_tie(keys, logits_ptr.dtype.element_ty)
+    if tl.max((sure & risky).to(tl.int32), axis=0) > 0:
         checked = _are_apart(keys, logits_ptr, row_stride, live, ROWS, LANES, E)
         sure = sure & (checked | (live == 0))
     all_sure = tl.min(sure.to(tl.int32), axis=0) > 0
 
-    lanes = tl.arange(0, LANES)[None, :]
-    COUNT: tl.constexpr = 8 // LANES  # columns of a lane
-    shares = ()
-    for rank in tl.static_range(COUNT):
-        share = exp(_logit(own[rank]) - best[:, None], EXACT) * scale[:, None]
-        shares = shares + (tl.where(lanes * COUNT + rank < TOP_K, share, 0.0),)
-    weights = _side_by_side(shares, ROWS, LANES)
-    if RENORMALIZES:
-        weights *= tl.div_rn(1.0, _sum_in_turn(shares, ROWS, LANES))[:, None]
-    ids = _number(_side_by_side(own, ROWS, LANES))
+    shares, chosen = (), tl.zeros([ROWS], tl.float32)
+    for rank in tl.static_range(8):
+        share = exp(_logit(keys[rank]) - best, EXACT) * scale
+        if rank < TOP_K:
+            chosen += share
+        shares = shares + (share,)
     tail = tl.arange(0, 8)[None, :]
+    weights = tl.where(tail < TOP_K, _columns(*shares, ROWS), 0.0)
+    if RENORMALIZES:
+        weights *= tl.div_rn(1.0, chosen)[:, None]
+    ids = _number(_columns(*keys, ROWS))
     if TOP_K < WIDTH:
         first = -1
         if not SKIP_UNUSED:
-            first = _number(keys[0][:, None])
+            first = _number(keys[0])[:, None]
         ids = tl.where(tail < TOP_K, ids, first)
     cells = tl.arange(0, ROWS)[:, None] * WIDTH + tail
     mask = live[:, None] & (tail < WIDTH)
@@ -90,46 +87,6 @@ def route_model_runs(
         tl.store(weights_ptr + cells, weights, mask=mask)
         tl.store(ids_ptr + cells, ids, mask=mask)
     return all_sure
-
-
-@triton.jit
-def _own(keys, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Return the 8 / LANES keys [ROWS, LANES] that each lane writes."""
-    lanes = tl.zeros([ROWS, 1], tl.int32) + tl.arange(0, LANES)[None, :]
-    own = ()
-    for rank in tl.static_range(8 // LANES):
-        key = tl.broadcast_to(keys[rank][:, None], [ROWS, LANES])
-        for lane in tl.static_range(1, LANES):
-            other = keys[lane * (8 // LANES) + rank][:, None]
-            key = tl.where(lanes == lane, other, key)
-        own = own + (key,)
-    return own
-
-
-@triton.jit
-def _side_by_side(parts, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Put the columns [ROWS, LANES] of all lanes side by side, [ROWS, 8]."""
-    if LANES == 2:
-        whole = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
-    elif LANES == 4:
-        whole = tl.join(parts[0], parts[1])
-    else:
-        tl.static_assert(LANES == 8)
-        whole = parts[0]
-    return tl.reshape(whole, [ROWS, 8])
-
-
-@triton.jit
-def _sum_in_turn(shares, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Sum the columns of all lanes [ROWS], the first one first."""
-    lanes = tl.arange(0, LANES)[None, :]
-    total = tl.zeros([ROWS], tl.float32)
-    for lane in tl.static_range(LANES):
-        run = total[:, None] + shares[0]
-        for rank in tl.static_range(1, 8 // LANES):
-            run += shares[rank]
-        total = tl.sum(tl.where(lanes == lane, run, 0.0), axis=1)
-    return total
 
 
 @triton.jit
@@ -157,6 +114,14 @@ def _load_runs(
     x2, x6 = tl.split(c)
     x3, x7 = tl.split(d)
     return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _columns(a, b, c, d, e, f, g, h, ROWS: tl.constexpr):
+    """Put eight [ROWS] side by side."""
+    even = tl.join(tl.join(a, e), tl.join(c, g))
+    odd = tl.join(tl.join(b, f), tl.join(d, h))
+    return tl.reshape(tl.join(even, odd), [ROWS, 8])
 
 
 @triton.jit
@@ -198,14 +163,14 @@ def _sum_powers(
 
 
 @triton.jit
-def _may_tie(keys, dtype: tl.constexpr, COUNT: tl.constexpr):
+def _may_tie(keys, dtype: tl.constexpr):
     """Return where a chosen logit is so near 0 that others may be closer than _APART.
 
     Beyond that, neighbouring numbers of the type are `_APART` or more apart.
     """
     NEAR: tl.constexpr = 2.0**-7 if dtype == tl.bfloat16 else 2.0**-4
     found = tl.abs(_logit(keys[0])) < NEAR
-    for rank in tl.static_range(1, COUNT):
+    for rank in tl.static_range(1, 8):
         found = found | (tl.abs(_logit(keys[rank])) < NEAR)
     return found
 

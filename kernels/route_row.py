@@ -47,7 +47,6 @@ def route_rows(
     top_k,  # TOP_K again, so that a loop over it is not unrolled: code costs time
     ROWS: tl.constexpr,
     LANES: tl.constexpr,  # of a row, with networks; 0 without
-    STAGES: tl.constexpr,  # of a loop over turns
     HAS_PADDING: tl.constexpr,
     RECALLS: tl.constexpr,
     SKIP_UNUSED: tl.constexpr,
@@ -74,9 +73,36 @@ def route_rows(
 
     More than one: 16-bit logits of `ModelRows.STOCK`, and rows that fit a warp.
     """
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    one_by_one = True
+    if ROWS > 1:
+        rows = first + tl.arange(0, ROWS)
+        live = rows < num_rows
+        slots = tl.load(slots_ptr + rows, mask=live, other=0)
+        one_by_one = tl.max(slots, axis=0) > 0
+        if HAS_PADDING:
+            padding = tl.load(padding_ptr + rows, mask=live, other=0).to(tl.int32)
+            one_by_one = one_by_one | (tl.max(padding, axis=0) > 0)
+        if not one_by_one:
+            if LANES > 0:
+                sure = route_model_runs(
+                    *(weights_ptr + first * WIDTH, ids_ptr + first * WIDTH),
+                    *(logits_ptr + first * logits_row_stride, logits_row_stride),
+                    *(live, ROWS, LANES, E, WIDTH, TOP_K, RENORMALIZES, SKIP_UNUSED),
+                    EXACT,
+                )
+            else:
+                sure = route_model_tile(
+                    *(weights_ptr + first * WIDTH, ids_ptr + first * WIDTH),
+                    logits_ptr + first * logits_row_stride,
+                    *(logits_row_stride, logits_column_stride, live, top_k, ROWS),
+                    *(E, BLOCK_E, WIDTH, BLOCK_W, RENORMALIZES, SKIP_UNUSED),
+                    *(RUN, THREADS, LOADS, EXACT),
+                )
+            one_by_one = sure == 0
     if ROWS == 1:
         _route_row(
-            tl.program_id(0).to(tl.int64),
+            first,
             *(weights_ptr, ids_ptr, logits_ptr, logits_row_stride),
             *(logits_column_stride, slots_ptr, positions_ptr, padding_ptr),
             *(given_weights_ptr, given_ids_ptr, plans_ptr, plans_stride),
@@ -86,57 +112,19 @@ def route_rows(
             *(RENORMALIZES, GROUPS, TOPK_GROUP, FACTOR, MODEL_ROWS),
             SKIP_UNUSED,
         )
-    else:
-        turns = tl.cdiv(tl.cdiv(num_rows, ROWS) - tl.program_id(0), tl.num_programs(0))
-        again = tl.zeros([], tl.int64)  # a bit for each turn whose rows are not written
-        for turn in tl.range(0, turns, num_stages=STAGES):
-            first = _first_row(turn, ROWS)
-            rows = first + tl.arange(0, ROWS)
-            live = rows < num_rows
-            slots = tl.load(slots_ptr + rows, mask=live, other=0)
-            plain = slots == 0
-            if HAS_PADDING:
-                plain = plain & (tl.load(padding_ptr + rows, mask=live, other=0) == 0)
-            if LANES > 0:
-                sure = route_model_runs(
-                    *(weights_ptr + first * WIDTH, ids_ptr + first * WIDTH),
-                    *(logits_ptr + first * logits_row_stride, logits_row_stride),
-                    *(live, plain, ROWS, LANES, E, WIDTH, TOP_K, RENORMALIZES),
-                    *(SKIP_UNUSED, EXACT),
-                )
-            else:
-                sure = tl.min(plain.to(tl.int32), axis=0) > 0
-                if sure:
-                    sure = route_model_tile(
-                        *(weights_ptr + first * WIDTH, ids_ptr + first * WIDTH),
-                        logits_ptr + first * logits_row_stride,
-                        *(logits_row_stride, logits_column_stride, live, top_k, ROWS),
-                        *(E, BLOCK_E, WIDTH, BLOCK_W, RENORMALIZES, SKIP_UNUSED),
-                        *(RUN, THREADS, LOADS, EXACT),
-                    )
-            again |= (sure == 0).to(tl.int64) << turn
-        # after that loop, so that its registers are its own
-        for turn in range(turns):
-            if (again >> turn) & 1 == 1:
-                first = _first_row(turn, ROWS)
-                for row in range(first, tl.minimum(first + ROWS, num_rows)):
-                    _route_row(
-                        row,
-                        *(weights_ptr, ids_ptr, logits_ptr, logits_row_stride),
-                        *(logits_column_stride, slots_ptr, positions_ptr, padding_ptr),
-                        *(given_weights_ptr, given_ids_ptr, plans_ptr, plans_stride),
-                        *(correction_ptr, recalled_target_ptr, recalled_mix_ptr),
-                        *(layer, top_k, HAS_PADDING, RECALLS),
-                        *(RUN, THREADS, LOADS, IN_WARP, EXACT),
-                        *(E, LOG_E, BLOCK_E, WIDTH, BLOCK_W, TOP_K, SCORING, BIASED),
-                        *(RENORMALIZES, GROUPS, TOPK_GROUP, FACTOR, MODEL_ROWS),
-                        SKIP_UNUSED,
-                    )
-
-
-@triton.jit
-def _first_row(turn, ROWS: tl.constexpr):
-    return (tl.program_id(0) + turn * tl.num_programs(0)).to(tl.int64) * ROWS
+    elif one_by_one:
+        for row in range(first, tl.minimum(first + ROWS, num_rows)):
+            _route_row(
+                row,
+                *(weights_ptr, ids_ptr, logits_ptr, logits_row_stride),
+                *(logits_column_stride, slots_ptr, positions_ptr, padding_ptr),
+                *(given_weights_ptr, given_ids_ptr, plans_ptr, plans_stride),
+                *(correction_ptr, recalled_target_ptr, recalled_mix_ptr, layer, top_k),
+                *(HAS_PADDING, RECALLS, RUN, THREADS, LOADS, IN_WARP, EXACT),
+                *(E, LOG_E, BLOCK_E, WIDTH, BLOCK_W, TOP_K, SCORING, BIASED),
+                *(RENORMALIZES, GROUPS, TOPK_GROUP, FACTOR, MODEL_ROWS),
+                SKIP_UNUSED,
+            )
 
 
 @triton.jit
