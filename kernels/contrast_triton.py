@@ -42,7 +42,8 @@ class ContrastRows:
         max_pairs: The most pairs of a call.
         vocab_size: V, of every call.
         device: Where the logits are.
-        overlap: Whether the launches overlap; by default where they can.
+        overlap: Whether the launches overlap. Serving leaves it off: no GPU has run
+            it yet within vLLM.
 
     Raises:
         ValueError: they shall overlap and cannot.
@@ -53,16 +54,15 @@ class ContrastRows:
         max_pairs: int,
         vocab_size: int,
         device: torch.device | str,
-        overlap: bool | None = None,
+        overlap: bool = False,
     ):
-        able = can_overlap(torch.device(device))
-        if overlap and not able:
+        if overlap and not can_overlap(torch.device(device)):
             raise ValueError(
                 "overlapping launches need compiled kernels and a GPU of compute "
                 "capability 9.0 or above"
             )
         self.vocab_size = vocab_size
-        self.overlap = able if overlap is None else overlap
+        self.overlap = overlap
         chunk = OVERLAPPED_CHUNK if self.overlap else CHUNK
         chunks = triton.cdiv(vocab_size, chunk)
         self._best = torch.empty(max_pairs, chunks, device=device)
