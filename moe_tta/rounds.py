@@ -109,6 +109,11 @@ class RequestRounds:
         found = self.schedule.round(number, self.prompt_len)
         return None if found is None or found.context > self.max_context else found
 
+    def missed(self, number: int) -> Round | None:
+        """Return a round that only its text's length rules out; `None` for others."""
+        found = self.schedule.round(number, self.prompt_len)
+        return None if found is None or found.context <= self.max_context else found
+
     @property
     def first_row(self) -> int:
         """The lowest position that a version may ever hold for."""

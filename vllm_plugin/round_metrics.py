@@ -40,4 +40,5 @@ def observe(model: str, reports: Iterable[Mapping[str, Any]]) -> None:
         labels = model, report["service"]
         metrics.rounds.labels(*labels, report["outcome"]).inc()
         metrics.seconds.labels(*labels).inc(report["milliseconds"] / 1e3)
-        metrics.tokens.labels(*labels).inc(report["context"])
+        if report["start"] is not None:
+            metrics.tokens.labels(*labels).inc(report["context"])

@@ -11,6 +11,8 @@ from typing import Any
 from moe_tta.rounds import RequestRounds, Round
 from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Order, Reader
 
+TOO_LONG = "text too long"  # outcome of the round that is no more done
+
 
 @dataclass(eq=False)
 class _Progress:
@@ -23,6 +25,7 @@ class _Progress:
         starts: First rows of the versions that exist.
         handed: Rows 0 .. handed - 1 have been given to the worker at some time.
         due: Whether the next round stands in the queue.
+        ended: Whether its text has become too long for another round.
     """
 
     request: Any
@@ -31,6 +34,7 @@ class _Progress:
     starts: list[int] = field(default_factory=list)
     handed: int = 0
     due: bool = False
+    ended: bool = False
 
     @property
     def next(self) -> Round | None:
@@ -129,6 +133,25 @@ class RoundQueue:
             given += self._do_unit()
         self._credit = 0
         return given
+
+    def ended(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield requests whose text has just become too long, each with a report."""
+        for request_id, progress in self._of.items():
+            missed = None if progress.ended else progress.rounds.missed(progress.number)
+            if missed is None or progress.request.num_tokens < missed.context:
+                continue
+            progress.ended = True
+            yield (
+                request_id,
+                {
+                    "service": progress.rounds.work.service,
+                    "round": progress.number,
+                    "context": missed.context,
+                    "start": None,
+                    "outcome": TOO_LONG,
+                    "milliseconds": 0.0,
+                },
+            )
 
     def _collect_due(self) -> None:
         for progress in self._of.values():

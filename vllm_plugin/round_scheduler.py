@@ -43,6 +43,8 @@ class RoundScheduler:
         output = super().schedule(*args, **kwargs)
         if self.rounds:
             self.rounds.note_handed()
+            for request_id, report in self.rounds.ended():
+                self._reports[request_id].append(report)
             orders = self.rounds.orders(idle=not output.total_num_scheduled_tokens)
             if orders:
                 setattr(output, ORDERS, orders)

@@ -44,6 +44,8 @@ def test_schedules():
 def test_no_round_reads_more_than_it_may():
     rounds = RequestRounds(WORK, Schedule(8), 20, 30)
     assert [rounds.round(n) for n in range(3)] == [Round(20, 19), Round(28, 27), None]
+    assert [rounds.missed(n) for n in range(3)] == [None, None, Round(36, 35)]
+    assert RequestRounds(WORK, Schedule(0), 20, 30).missed(1) is None
 
 
 def test_the_first_row_that_may_have_a_version():
