@@ -120,7 +120,7 @@ def check_reports(jobs, results):
             elif asked["mode"] == "wait":
                 length, count = len(jobs[index].prompt), len(completion.token_ids)
                 contexts = range(length, length + count, asked["every"] or 10**6)
-                found = [r["context"] for r in completion.moe_tta["rounds"]]
+                found = [r["context"] for r in done_rounds(completion)]
                 assert found == [c for c in contexts if c <= 100]
                 rounds += len(found)
     assert rounds > NUM_REQUESTS / 3
@@ -149,14 +149,19 @@ def differing(llm, jobs, results):
     return found
 
 
+def done_rounds(completion):
+    """Return the reports of rounds that took place: not of a text too long."""
+    reports = (completion.moe_tta or {"rounds": []})["rounds"]
+    return [report for report in reports if report["start"] is not None]
+
+
 def replay(job, completion):
     """Return parameters that repeat a completion's recorded rounds."""
     request = {k: v for k, v in job.request.items() if k != "reroute"}
     asked = {
         k: v for k, v in job.request["reroute"].items() if k not in ("every", "mode")
     }
-    done = (completion.moe_tta or {"rounds": []})["rounds"]
-    if done:
+    if done := done_rounds(completion):
         pairs = [[r["context"], r["start"]] for r in done]
         request["reroute"] = {**asked, "replay": pairs}
     params = job.params.clone()
