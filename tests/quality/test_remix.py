@@ -24,7 +24,7 @@ from benchmarks.quality.remix.likelihoods import (
 )
 from benchmarks.quality.remix.methods import all_methods
 from benchmarks.quality.remix.nearness import nearness
-from benchmarks.quality.remix.references import open_references, without_passage
+from benchmarks.quality.remix.references import without_passage
 from benchmarks.quality.remix.scorer import RemixScorer
 from benchmarks.quality.remix.sets import SETS
 from benchmarks.quality.remix.study import open_study
@@ -117,33 +117,6 @@ def test_references_are_the_other_sets_right_answers(study):
     texts = [study.store.question(row).prompt for row in range(len(study.store))]
     assert all("openbookqa" in text or "sciq" in text for text in texts)
     assert study.store.card.layers == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("task", "words"),
-    [("mmlu", ("boolq", "copa")), ("sciq", ("arc_easy", "openbookqa"))],
-)
-def test_references_of_the_other_tasks(byte_model, data, study, tmp_path, task, words):
-    """BoolQ keeps its passage, which its question is about."""
-    args = command(byte_model, data, tmp_path, tmp_path / "out")[1:]
-    args = parser().parse_args([*args, "--task", task])
-    rest = study.model, study.tokenizer
-    store = open_references(args, TASKS[task], *rest)
-    assert store.card.counts.questions == 32
-    texts = [store.question(row).prompt for row in range(len(store))]
-    assert len(texts) >= 4
-    assert all(any(word in text for word in words) for text in texts)
-    passages = [text.startswith("A passage.") for text in texts]
-    assert passages == ["boolq" in text for text in texts]
-
-
-def test_a_task_with_a_prompt_for_each_choice_is_refused(
-    byte_model, data, tmp_path, monkeypatch, capsys
-):
-    words = command(byte_model, data, tmp_path, tmp_path / "out")
-    monkeypatch.setattr("sys.argv", [*words, "--task", "winogrande"])
-    assert main() == 1
-    assert "share no last prompt token" in capsys.readouterr().err
 
 
 def test_updates_are_what_they_say(batch, study):
