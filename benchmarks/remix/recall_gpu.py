@@ -6,9 +6,9 @@
 For each number of tokens in the memory and of rows in the step: `all` rows ask for
 `--k` neighbours, or `none` does, which is what an engine pays for a store that nobody
 names. A graph holds one layer's two launches `--layers` times, each layer with keys of
-its own, so that no cache holds them all; `us` is the time of one of them, the least
-and the median of `--repeats` replays. `read_us` is half of copying the keys within the
-device's memory, about what reading them takes. `plain_torch_us` is `kernels.recall`,
+its own, so that no cache holds them all; times are of one of them, medians of
+`--repeats` measurements. `read_us` is half of copying the keys within the device's
+memory, about what reading them takes. `plain_torch_us` is `kernels.recall`,
 the law, for the same rows. No time is printed unless both give the same bits.
 """
 
@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.kernel.timing import median_us
 from benchmarks.overhead.record import ResultFile, conditions
 from moe_tta.kernels.packed_memory import StoredTokens, pack
 from moe_tta.kernels.recall import LayerMemory, recall_rows
@@ -75,28 +74,6 @@ def step(rows: int, asking: bool, args: argparse.Namespace) -> Step:
     return Step(hidden.bfloat16(), slots.to(args.device), numbers.to(args.device))
 
 
-def timed(work: Callable[[], object], repeats: int, times: int) -> dict[str, float]:
-    """Time a captured graph of `work`, which does the same `times` over, in us each."""
-    work()  # compiled outside the graph
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    taken = []
-    for _ in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        taken.append(1e3 * start.elapsed_time(end) / times)
-    taken = taken[3:]
-    return {
-        "min": round(min(taken), 2),
-        "median": round(statistics.median(taken), 2),
-    }
-
-
 def check(
     kernel: RecallKernel, given: Step, table: LayerTable, law: LayerMemory
 ) -> None:
@@ -106,12 +83,6 @@ def check(
     for got, right in zip(found, want, strict=True):
         if not torch.equal(got[asks], right[asks]):
             raise SystemExit("kernels and law differ: no time is printed")
-
-
-def look_up(kernels: Sequence[RecallKernel], given: Step) -> None:
-    """Let the same rows recall in every layer."""
-    for kernel in kernels:
-        kernel(*given)
 
 
 def measure(tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -133,13 +104,13 @@ def measure(tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 
         row = {"tokens": tokens, "rows": rows, "key_bytes": packed[0].keys.nbytes}
         for name, given in (("all", every), ("none", nobody)):
-            work = partial(look_up, kernels, given)
-            row[f"{name}_us"] = timed(work, args.repeats, args.layers)
+            launches = [partial(kernel, *given) for kernel in kernels]
+            row[f"{name}_us"] = median_us(launches, args.repeats)
         plain = partial(recall_rows, *every[:2], table, [law])
-        row["plain_torch_us"] = timed(plain, args.repeats, 1)
+        row["plain_torch_us"] = median_us([plain], args.repeats)
         copy = partial(packed[1].keys.copy_, packed[0].keys)
-        half = timed(copy, args.repeats, 2)  # a copy reads and writes
-        found.append({**row, "read_us": half})
+        row["read_us"] = median_us([copy], args.repeats) / 2  # it reads and writes
+        found.append(row)
     return found
 
 
