@@ -46,7 +46,9 @@ def test_overlap_where_there_is_none_is_refused():
         ContrastRows(1, VOCAB, "cpu", overlap=True)
 
 
-@pytest.mark.parametrize(("asked", "overlaps"), [((), False), ((True,), True)])
+@pytest.mark.parametrize(
+    ("asked", "overlaps"), [((), True), ((True,), True), ((False,), False)]
+)
 def test_only_the_second_launch_may_begin_early(monkeypatch, asked, overlaps):
     """The first must wait for what wrote the logits."""
     best, combine = FakeKernel(compiles=False), FakeKernel(compiles=False)
