@@ -4,7 +4,8 @@
 With VLLM_BATCH_INVARIANT=1 stock vLLM gives the same bits in any batch, as long as a
 token is computed in the same way: not once in a chunk and once by itself, which
 chunked prefill and preemption do (docs/log.md). `test_exact` leaves those two out and
-demands equal texts. `test_every_row` has everything happen and demands equal routing,
+demands equal texts; n = 2 too, since that samples among equal bfloat16 logits.
+`test_every_row` has everything happen and demands equal routing,
 row by row (tests/plugin/audit.py).
 """
 
@@ -54,7 +55,7 @@ def solo(llm, job):
 )
 @pytest.mark.parametrize("name", ["mixtral", "olmoe"])
 def test_exact(tiny_models, name):
-    """Mixed batches, aborts, n = 2 and reused slots; whole prompts, no preemption."""
+    """Mixed batches, aborts and reused slots; whole prompts, no preemption."""
     rng = random.Random(12)
     k_max = {"moe_tta": {"k_max": K_MAX[name]}}
     options = {**GRAPHS, "dtype": "bfloat16", "additional_config": k_max}
@@ -62,7 +63,7 @@ def test_exact(tiny_models, name):
     model = tiny_models(name)
     with engine(model, **options, max_num_seqs=8) as llm:
         shape = llm.llm_engine.input_processor.moe_tta.shape
-        jobs = draw_jobs(rng, shape, COUNT)
+        jobs = draw_jobs(rng, shape, COUNT, other={})
         results, _ = drive(llm, jobs, rng)
         preempted = counters(llm)["vllm:num_preemptions"]
     assert preempted == 0

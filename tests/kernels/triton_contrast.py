@@ -111,7 +111,7 @@ def test_pairs_in_turns(monkeypatch, together, overlap, dtype):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("pairs", [1, 8, 64])
+@pytest.mark.parametrize("pairs", [1, 8, 64, 200])
 def test_neighbours_in_a_graph_are_waited_for(pairs, overlap):
     """A kernel writes the logits just before, another reads the result just after."""
     rounds, vocab, replays = 6, 50304, 20
