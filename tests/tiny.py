@@ -22,12 +22,13 @@ DEEPSEEK = {
     "num_experts_per_tok": 4,
     "first_k_dense_replace": 1,
     "num_key_value_heads": 4,
-    # MLA's kernels know kv_lora_rank + qk_rope_head_dim = 576 only
+    # MLA's kernels know kv_lora_rank + qk_rope_head_dim = 576 only, and on GPUs those
+    # of prefill few others than the published 128, 64 and 128
     "kv_lora_rank": 512,
     "q_lora_rank": None,
-    "qk_nope_head_dim": 64,
+    "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
-    "v_head_dim": 64,
+    "v_head_dim": 128,
 }
 CONFIGS = {
     "mixtral": {

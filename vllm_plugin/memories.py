@@ -14,13 +14,9 @@ from moe_tta.remix.errors import StoreError
 from moe_tta.remix.tokens import TokenLayer, TokenStore
 from moe_tta.settings import EngineSettings
 from moe_tta.shape import RouterShape
-from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
 from moe_tta.vllm_plugin.stores import token_stores
 
 LayerMemories = tuple[LayerMemory | None, ...]
-
-# until tests/gpu/test_knn_gpu.py, which lifts this, has passed on one
-REFUSED_DEVICES = ("cuda",)
 
 
 class Memories:
@@ -66,16 +62,8 @@ class Memories:
         device: torch.device,
         packed: bool,
     ) -> Memories:
-        """Load what the settings name.
-
-        Raises:
-            UnsupportedModelError: there is a token store and the device is refused.
-        """
+        """Load what the settings name; arguments as the constructor's."""
         stores = token_stores(settings, vllm_config, shape)
-        if device.type in REFUSED_DEVICES and any(True for _ in stores):
-            raise UnsupportedModelError.because(
-                "token stores (strategy knn) have not been run on a GPU"
-            )
         return Memories(stores, shape, device, packed)
 
     def layer(self, index: int) -> LayerMemories:

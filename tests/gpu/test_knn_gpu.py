@@ -23,17 +23,6 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device"
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def allowed():
-    """GPUs are refused until these tests have passed there."""
-    from moe_tta.vllm_plugin import memories
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memories, "REFUSED_DEVICES", ())
-        yield
-
-
 E, H = 64, 2048
 SHAPE = make_shape(num_experts=E, top_k=8, k_max=8)
 

@@ -8,15 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from moe_tta.adapter.assignments import TokenDescent
 from moe_tta.remix.tokens_build import TokenOptions, build_tokens
-from moe_tta.settings import EngineSettings
-from moe_tta.shape import RouterShape
-from moe_tta.vllm_plugin import memories
-from moe_tta.vllm_plugin.memories import Memories
-from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
 from tests.remix.test_knn_served import TEXTS
 from tests.remix.tokens import reference_model, write_labelled
 
@@ -48,14 +42,3 @@ def test_gpu_path_equals_cpu_path(tiny_models, store, tmp_path):
     for (_, got), (_, want) in zip(theirs, ours, strict=True):
         # the kernel's weights are a few float32 roundings from the law's
         assert got == pytest.approx(want, abs=1e-4)
-
-
-def test_gpus_are_refused(store, monkeypatch):
-    """Until it has been run there."""
-    monkeypatch.setattr(memories, "token_stores", lambda *args: iter([(1, store)]))
-    settings = EngineSettings.read({"stores": {"learned": str(store.path)}})
-    shape, device = RouterShape((0,), 1, 8, 2, 2), torch.device("cuda")
-    with pytest.raises(UnsupportedModelError, match="have not been run on a GPU"):
-        Memories.load(settings, None, shape, device, packed=True)
-    monkeypatch.setattr(memories, "token_stores", lambda *args: iter([]))
-    assert Memories.load(settings, None, shape, device, packed=True).count == 0
