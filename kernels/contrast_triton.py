@@ -15,7 +15,6 @@ from moe_tta.kernels.launch import Launcher
 
 CHUNK = 4096  # tokens of the vocabulary per program
 OVERLAPPED_CHUNK = 2048  # where the second launch begins before the first ends
-CACHED_BYTES = 16 * 2**20  # of strong rows in one turn: the second launch reads them too
 
 _IMPLAUSIBLE = tl.constexpr(IMPLAUSIBLE)
 _INF = tl.constexpr(float("inf"))
@@ -28,10 +27,9 @@ _OPTIONS = {
 class ContrastRows:
     """Overwrites rows of strong logits by their contrast; no sync.
 
-    Two launches: the best logit of each chunk, then the combination. Many pairs take
-    turns of as many as leave their strong rows in the L2 cache for the second launch,
-    which begins with what the first read last. Results equal
-    `contrast.contrast_logits` bit for bit.
+    Two launches: the best logit of each chunk, then the combination. The second
+    begins with the pairs that the first read last, whose strong rows are still in the
+    L2 cache. Results equal `contrast.contrast_logits` bit for bit.
 
     Overlapped (CUDA's programmatic dependent launch), the second launch loads both
     rows while the first still runs, and waits for it to end before it reads the best
@@ -93,18 +91,18 @@ class ContrastRows:
             beta: [P] float32, >= 0.
             alpha: [P] float32 in [0, 1].
         """
+        num_pairs = leads.shape[0]
+        if num_pairs == 0:
+            return
+        grid = num_pairs, self._best.shape[1], 1
         sizes = self.vocab_size, logits.stride(0), out.stride(0)
         kind = logits.dtype, *sizes
-        together = max(1, CACHED_BYTES // (self.vocab_size * logits.itemsize))
-        for first in range(0, len(leads), together):
-            grid = min(together, len(leads) - first), self._best.shape[1], 1
-            read = logits, leads, self._best
-            self._find_best(grid, read, (*sizes[:2], first), kind)
-            self._combine(
-                grid,
-                (logits, out, leads, followers, beta, alpha, self._best),
-                *((*sizes, first), kind),
-            )
+        self._find_best(grid, (logits, leads, self._best), sizes[:2], kind)
+        self._combine(
+            grid,
+            (logits, out, leads, followers, beta, alpha, self._best),
+            *(sizes, kind),
+        )
 
     def check(
         self, logits: torch.Tensor, out: torch.Tensor, *given: torch.Tensor
@@ -159,20 +157,19 @@ def _load_strong(row_ptr, tokens, mask):
     return tl.where(strong == strong, strong, -_INF)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit
 def _best_kernel(
     logits_ptr,  # [N, V]
     leads_ptr,  # [P] int64
     best_ptr,  # [P, chunks] float32
     vocab_size,
     logits_stride,
-    first,  # pair of the launch
     CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
         gdc_launch_dependents()
-    pair, chunk = first + tl.program_id(0), tl.program_id(1)
+    pair, chunk = tl.program_id(0), tl.program_id(1)
     row_ptr = logits_ptr + tl.load(leads_ptr + pair) * logits_stride
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
     strong = _load_strong(row_ptr, tokens, tokens < vocab_size)
@@ -180,7 +177,7 @@ def _best_kernel(
     tl.store(best_ptr + pair * tl.num_programs(1) + chunk, best)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit
 def _combine_kernel(
     logits_ptr,  # [N, V]
     out_ptr,  # [N, V] float32
@@ -192,12 +189,11 @@ def _combine_kernel(
     vocab_size,
     logits_stride,
     out_stride,
-    first,  # pair of the launch
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    pair = first + tl.num_programs(0) - 1 - tl.program_id(0)
+    pair = tl.num_programs(0) - 1 - tl.program_id(0)
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     lead = tl.load(leads_ptr + pair)
     weak_ptr = logits_ptr + tl.load(followers_ptr + pair) * logits_stride

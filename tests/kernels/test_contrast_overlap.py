@@ -42,6 +42,7 @@ def test_interpreted_kernels_and_amd_do_not_overlap(monkeypatch):
 
 
 def test_overlap_where_there_is_none_is_refused():
+    assert not ContrastRows(1, VOCAB, "cpu").overlap
     with pytest.raises(ValueError, match=r"capability 9\.0"):
         ContrastRows(1, VOCAB, "cpu", overlap=True)
 

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from moe_tta.kernels import contrast_triton
 from moe_tta.kernels.contrast import COMBINE, contrast_logits
 from moe_tta.kernels.contrast_triton import (
     CHUNK,
@@ -97,16 +96,6 @@ def test_kernels_equal_the_law(vocab, pairs, dtype, overlap):
 @pytest.mark.parametrize("overlap", OVERLAPS)
 def test_real_vocabularies(vocab, pairs, dtype, overlap):
     check(vocab, pairs, dtype, overlap)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("together", [1, 2, 3])
-def test_pairs_in_turns(monkeypatch, together, overlap, dtype):
-    vocab = CHUNK + 5
-    cached = together * vocab * dtype.itemsize
-    monkeypatch.setattr(contrast_triton, "CACHED_BYTES", cached)
-    check(vocab, 5, dtype, overlap)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
