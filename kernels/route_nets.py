@@ -31,6 +31,7 @@ _NORMAL = tl.constexpr(80.0)
 def route_model_runs(
     weights_ptr,  # [ROWS, WIDTH] f32
     ids_ptr,  # [ROWS, WIDTH] int32
+    runs,  # what `load_runs` returned
     logits_ptr,  # [ROWS, >= E] bf16 or f16, columns side by side
     row_stride,
     live,  # [ROWS], rows that exist
@@ -47,12 +48,9 @@ def route_model_runs(
 
     If not, nothing is written.
     """
-    runs = (_load_runs(logits_ptr, row_stride, live, 0, ROWS, LANES),)
     keys = _sorted_keys(runs[0], 0, LANES)
     for part in tl.static_range(1, E // (8 * LANES)):
-        run = _load_runs(logits_ptr, row_stride, live, part, ROWS, LANES)
-        keys = merge8(*keys, *_sorted_keys(run, part, LANES))
-        runs = runs + (run,)
+        keys = merge8(*keys, *_sorted_keys(runs[part], part, LANES))
     keys = tl.reduce(keys, 1, merge8)
     best = _logit(keys[0])
     total = _sum_powers(runs, best[:, None], ROWS, LANES, E // (8 * LANES), EXACT)
@@ -90,6 +88,22 @@ def route_model_runs(
 
 
 @triton.jit
+def load_runs(
+    logits_ptr,
+    row_stride,
+    live,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    E: tl.constexpr,
+):
+    """Load the logits of neighbouring rows; for each part of E, each lane's run."""
+    runs = ()
+    for part in tl.static_range(E // (8 * LANES)):
+        runs = runs + (_load_run(logits_ptr, row_stride, live, part, ROWS, LANES),)
+    return runs
+
+
+@triton.jit
 def _load_part(
     logits_ptr, row_stride, live, part, ROWS: tl.constexpr, LANES: tl.constexpr
 ):
@@ -101,7 +115,7 @@ def _load_part(
 
 
 @triton.jit
-def _load_runs(
+def _load_run(
     logits_ptr, row_stride, live, part, ROWS: tl.constexpr, LANES: tl.constexpr
 ):
     """Load each lane's run: eight [ROWS, LANES]."""

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from moe_tta.kernels.route_model import route_model_row
-from moe_tta.kernels.route_nets import route_model_runs
+from moe_tta.kernels.route_nets import load_runs, route_model_runs
 from moe_tta.kernels.route_plan import fill_unused, route_planned_row
 from moe_tta.kernels.route_tile import route_model_tile
 
@@ -78,6 +78,9 @@ def route_rows(
     if ROWS > 1:
         rows = first + tl.arange(0, ROWS)
         live = rows < num_rows
+        tile_ptr = logits_ptr + first * logits_row_stride
+        if LANES > 0:  # before the slots are known: one wait for both
+            runs = load_runs(tile_ptr, logits_row_stride, live, ROWS, LANES, E)
         slots = tl.load(slots_ptr + rows, mask=live, other=0)
         one_by_one = tl.max(slots, axis=0) > 0
         if HAS_PADDING:
@@ -87,15 +90,15 @@ def route_rows(
             if LANES > 0:
                 sure = route_model_runs(
                     *(weights_ptr + first * WIDTH, ids_ptr + first * WIDTH),
-                    *(logits_ptr + first * logits_row_stride, logits_row_stride),
+                    *(runs, tile_ptr, logits_row_stride),
                     *(live, ROWS, LANES, E, WIDTH, TOP_K, RENORMALIZES, SKIP_UNUSED),
                     EXACT,
                 )
             else:
                 sure = route_model_tile(
                     *(weights_ptr + first * WIDTH, ids_ptr + first * WIDTH),
-                    logits_ptr + first * logits_row_stride,
-                    *(logits_row_stride, logits_column_stride, live, top_k, ROWS),
+                    *(tile_ptr, logits_row_stride),
+                    *(logits_column_stride, live, top_k, ROWS),
                     *(E, BLOCK_E, WIDTH, BLOCK_W, RENORMALIZES, SKIP_UNUSED),
                     *(RUN, THREADS, LOADS, EXACT),
                 )
