@@ -84,6 +84,7 @@ class StepRows:
         self.features = Features(0)
         self.num_planned = 0
         self._used = 0
+        self._staged: list[tuple[int, int, str]] = []
 
     def stage(
         self,
@@ -122,8 +123,11 @@ class StepRows:
     def _write(
         self, runs: list[tuple[int, int, int, str]], slots: dict[str, int]
     ) -> None:
-        if not runs and not self._used:
+        staged = [(first, end, name) for first, end, _, name in runs]
+        # in decoding, batch and plans stay the same; positions matter to draws alone
+        if staged == self._staged and not self.features & Features.SAMPLE:
             return
+        self._staged = staged
         self._slots[: self._used] = 0
         before, self._used = self._used, 0
         self.num_planned = sum(end - first for first, end, _, _ in runs)

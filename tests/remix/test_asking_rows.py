@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows of a step ask for a memory, as kernels are told."""
 
-import numpy as np
 import pytest
-import torch
 
-from moe_tta.kernels.table import PlanTable
-from moe_tta.vllm_plugin.rows import PlannedRequest, StepRows
-from moe_tta.vllm_plugin.slots import SlotTable
-from tests.kernels.cases import make_plan, make_shape
+from moe_tta.vllm_plugin.rows import PlannedRequest
+from tests.kernels.cases import make_plan
+from tests.plugin.staged import make_rows, stage
 
 KNN = make_plan(memory=1, neighbours=2).to_bytes()
 OTHER = make_plan(bias=[1.0, 0, 0, 0]).to_bytes()
@@ -17,21 +14,12 @@ PLANS = {"knn": KNN, "other": OTHER}
 
 @pytest.fixture
 def rows():
-    table = PlanTable(make_shape(), 12, "cpu")
-    rows = StepRows(32, torch.device("cpu"), SlotTable(table, 12))
-    rows.on_cpu = False
-    return rows
+    return make_rows()
 
 
 def asking(rows):
     count = rows.asking[0].item()
     return rows.asking[1 : 1 + count].tolist()
-
-
-def stage(rows, requests, chunks):
-    """Stage chunks of (request, tokens, first position)."""
-    names, counts, starts = zip(*chunks, strict=True)
-    rows.stage(requests, names, np.array(counts), np.array(starts))
 
 
 def test_rows_whose_plan_names_a_memory_are_listed(rows):

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step writes for its rows, and that a step like the last one writes nothing."""
+
+import pytest
+
+from moe_tta.plan import Select
+from moe_tta.vllm_plugin import compat
+from moe_tta.vllm_plugin.rows import PlannedRequest
+from tests.kernels.cases import make_plan
+from tests.plugin.staged import make_rows, stage
+
+PLANS = {
+    "a": make_plan(bias=[1.0, 0, 0, 0]).to_bytes(),
+    "b": make_plan(bias=[0, 1.0, 0, 0]).to_bytes(),
+    "drawn": make_plan(
+        select=Select.SAMPLE, select_args=(1.0, 2.0, 1.0), k_max=2
+    ).to_bytes(),
+}
+REQUESTS = {
+    "x": PlannedRequest(2, ("a",) * 3, PLANS),
+    "y": PlannedRequest(2, (None, "b", "a"), PLANS),
+}
+
+
+@pytest.fixture
+def rows():
+    return make_rows()
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """The lengths of what is copied to the device."""
+    lengths, copy = [], compat.copy_to_device
+
+    def counting(source, target):
+        lengths.append(len(source))
+        copy(source, target)
+
+    monkeypatch.setattr(compat, "copy_to_device", counting)
+    return lengths
+
+
+def names(rows, count):
+    """Return the plans that the device's first rows obey."""
+    by_slot = {slot: name for name, slot in rows.slot_table.pinned.items()}
+    return [by_slot.get(slot) for slot in rows.slots[:count].tolist()]
+
+
+def test_decode_steps_of_the_same_batch_copy_nothing(rows, copied):
+    batch = [("plain", 1), ("x", 1), ("y", 1)]
+    for position in range(2, 6):
+        stage(rows, REQUESTS, [(name, count, position) for name, count in batch])
+        assert names(rows, 3) == [None, "a", "a"]
+        assert copied == [3]
+    assert rows.num_planned == 2
+
+
+@pytest.mark.parametrize(
+    ("chunks", "want"),
+    [
+        ([("y", 1, 3), ("x", 1, 3), ("plain", 1, 3)], ["a", "a", None]),
+        ([("x", 1, 3), ("plain", 2, 3)], ["a", None, None]),
+        ([("x", 1, 3), ("y", 1, 1), ("plain", 1, 3)], ["a", "b", None]),
+        ([("plain", 1, 3), ("x", 2, 3)], [None, "a", "a"]),
+        ([("plain", 3, 3)], [None, None, None]),
+    ],
+    ids=["order", "gone", "plan", "count", "none"],
+)
+def test_what_changes_is_written(rows, chunks, want):
+    stage(rows, REQUESTS, [("plain", 1, 2), ("x", 1, 2), ("y", 1, 2)])
+    stage(rows, REQUESTS, chunks)
+    assert names(rows, 3) == want
+    assert rows.num_planned == sum(name is not None for name in want)
+    assert not rows.slots[3:].any()
+
+
+def test_a_version_of_the_same_rows_is_written(rows):
+    stage(rows, REQUESTS, [("x", 1, 4)])
+    later = {"x": PlannedRequest(2, ("b",) * 3, PLANS)}
+    stage(rows, later, [("x", 1, 5)])
+    assert names(rows, 1) == ["b"]
+
+
+def test_draws_are_told_every_position(rows):
+    requests = {"x": PlannedRequest(2, ("drawn",) * 3, PLANS)}
+    for position in (4, 5, 6):
+        stage(rows, requests, [("x", 1, position)])
+        assert rows.positions[0] == position
+
+
+def test_rows_given_back_are_written_again(rows):
+    stage(rows, REQUESTS, [("x", 1, 4)])
+    rows.clear()
+    assert not rows.slots.any()
+    stage(rows, REQUESTS, [("x", 1, 5)])
+    assert names(rows, 1) == ["a"]
