@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests in a crowd, on a GPU: each row obeys its own request's plan.
 
-Texts cannot show that there: in bfloat16 those of requests without any plan differ
+Outputs cannot show that there: in bfloat16 those of requests without any plan differ
 alone and in a crowd too, also with VLLM_BATCH_INVARIANT=1 (docs/log.md). So routing is
 compared, row by row (tests/plugin/audit.py), with chunks, preemption and aborts.
 """
