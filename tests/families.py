@@ -36,7 +36,7 @@ class Case:
     stands_for: str
     shape: RouterShape
     cuda_router: str
-    cuda_shown: str = "not run yet"
+    cuda_shown: str
     cpu_options: dict = field(default_factory=dict)
 
     @property
@@ -81,6 +81,7 @@ CASES = (
         "DeepSeek-V2-Lite",
         shape((1, 2, 3), 16, 4, False),
         "FusedTopKRouter",
+        BOTH,
         cpu_options=FLOAT32_MLA,
     ),
     Case(
@@ -88,6 +89,7 @@ CASES = (
         "DeepSeek-V2",
         shape((1, 2, 3), 16, 4, False, **GROUPS),
         "GroupedTopKRouter",
+        f"{SEEN}, with one [not shown](#deepseek-v2-on-a-gpu)",
         cpu_options=FLOAT32_MLA,
     ),
     Case(
@@ -95,6 +97,7 @@ CASES = (
         "DeepSeek-V3, R1",
         shape((1, 2, 3), 16, 4, True, **GROUPS, **SIGMOID),
         "GroupedTopKRouter",
+        BOTH,
         cpu_options=FLOAT32_MLA,
     ),
     Case(

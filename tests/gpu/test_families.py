@@ -11,6 +11,7 @@ import torch
 
 from tests.families import CASES
 from tests.kernels.cases import U
+from tests.kernels.rounded_groups import check_rounded, rounds_scores
 from tests.plugin.engine import engine, generate, sampling, status
 from tests.plugin.spying import Oracle, Routed, runners, spied
 from tests.plugin.stock import run_stocks
@@ -72,6 +73,15 @@ def assert_law(call, want):
     torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
 
 
+def assert_own(call, oracle):
+    """Rows without a plan: vLLM's router, which may round scores to bfloat16."""
+    if not rounds_scores(oracle.shape, call.logits):
+        assert_law(call, oracle.own(call))
+        return
+    got, rule = dense((call.weights, call.ids), call.logits), oracle.rules[call.layer]
+    assert check_rounded(got, call.logits, rule, bounds(call.logits)[0]) > 0.5
+
+
 def prompt_calls(llm, prompt, num_layers, request=None):
     """Return each layer's routing of a prompt's rows; what follows is padding."""
     rows = len(prompt)
@@ -98,7 +108,7 @@ def test_family(tiny_models, stock, case):
         planned = prompt_calls(llm, asked, len(shape.layers), request)
     assert plain == stock[case.name]
     for before, after in zip(own, planned, strict=True):
-        assert_law(before, oracle.own(before))
+        assert_own(before, oracle)
         assert_law(after, oracle.planned(after))
     demoted = [
         dense((c.weights, c.ids), c.logits)[:, :6:2].sum() for c in (own[0], planned[0])

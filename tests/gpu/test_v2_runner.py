@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a GPU: Model Runner V2, full CUDA graphs, asynchronous scheduling.
 
-Needs vLLM 0.32.x and one CUDA device. Run `python -m pytest tests/gpu` as it is and
-with VLLM_BATCH_INVARIANT=1, about ten minutes each.
+Needs vLLM 0.32.x and one CUDA device; `python -m pytest tests/gpu` runs all of them.
 """
 
 import logging

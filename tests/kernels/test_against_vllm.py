@@ -14,6 +14,7 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import (
 from moe_tta.kernels.reference import RoutingRule, model_routing, route
 from moe_tta.plan import RoutingPlan
 from tests.kernels.cases import U, make_plan, make_shape, make_table
+from tests.kernels.rounded_groups import U_BFLOAT16, check_rounded
 
 EXPERTS = (8, 60, 64, 128, 160, 256)
 TOP_KS = (1, 2, 6, 8)
@@ -114,6 +115,26 @@ def test_grouped_topk_of_accelerators(biased):
         )
     rule = RoutingRule("softmax", 6, False, 8, 3, 16.0, bias)
     check(ours(logits, rule, 6), stock, 6)
+
+
+def test_grouped_topk_of_accelerators_in_bfloat16():
+    logits = draw_logits(4096, 160).bfloat16()
+    with torch.compiler.set_stance("force_eager"):
+        weights, ids = grouped_topk_router.grouped_topk(
+            logits, logits, 6, False, 8, 3, "softmax"
+        )
+    got = torch.zeros(logits.shape).scatter_(1, ids.long(), weights)
+    rule = RoutingRule("softmax", 6, False, 8, 3)
+    assert check_rounded(got, logits, rule, RTOL) > 0.9
+    scores = logits.float().softmax(dim=1)
+    assert ((got / scores - 1).abs() * (got > 0)).max() > 2**-9  # more than half of it
+    for wrong in (
+        got * (1 + 2.5 * U_BFLOAT16),
+        got.roll(1, dims=0),
+        got.where(got < got.amax(dim=1, keepdim=True), 0),
+    ):
+        with pytest.raises(AssertionError):
+            check_rounded(wrong, logits, rule, RTOL)
 
 
 # the sizes that vLLM's CPU kernel was built for

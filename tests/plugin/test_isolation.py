@@ -91,18 +91,15 @@ def test_crowd_equals_solo(tiny_models, name):
     assert differing == []
 
 
-# vLLM takes n > 1 only with sampling; top_k 1 makes it greedy again but for ties
-TWICE = {"n": 2, "temperature": 1.0, "top_k": 1}
-
-
-def draw_jobs(rng, shape, count=NUM_REQUESTS, other=TWICE):
-    """Draw jobs; a quarter of them get `other` sampling parameters."""
+def draw_jobs(rng, shape, count=NUM_REQUESTS):
+    # vLLM takes n > 1 only with sampling; top_k 1 makes it greedy again but for ties
+    twice = {"n": 2, "temperature": 1.0, "top_k": 1}
     prefixes = [[], *([rng.randrange(2, 256) for _ in range(64)] for _ in range(3))]
     jobs = []
     for _ in range(count):
         request = random_request(rng, shape)
         prompt = random_prompt(rng, prefixes)
-        params = sampling(TOKENS, request, **rng.choice([{}, {}, {}, other]))
+        params = sampling(TOKENS, request, **rng.choice([{}, {}, {}, twice]))
         jobs.append(Job(prompt, request, params))
     return jobs
 
