@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import IntFlag
 from typing import NamedTuple
 
@@ -113,7 +113,8 @@ class PlanTable:
     def __init__(self, shape: RouterShape, num_slots: int, device: torch.device | str):
         self.shape = shape
         self.num_slots = num_slots
-        neutral = torch.from_numpy(_pack(RoutingPlan(), shape))
+        self._neutral = _pack_neutral(shape)
+        neutral = torch.from_numpy(self._neutral)
         self._packed = neutral.repeat(num_slots + 1, 1, 1).to(device)
         self._features = [Features.NONE] * (num_slots + 1)
         self._layers = [
@@ -150,12 +151,16 @@ class PlanTable:
                 )
         if not plans:
             return
-        packed = np.stack([_pack(plan, self.shape) for plan in plans.values()])
+        packed = np.broadcast_to(self._neutral, (len(plans), *self._neutral.shape))
+        packed = packed.copy()
+        _pack(list(plans.values()), packed, self.shape.num_experts)
         source = torch.from_numpy(packed)
         if self._packed.is_cuda:
             source = source.pin_memory()  # once for all: the first time is slow
-        for row, (slot, plan) in enumerate(plans.items()):
-            self._packed[slot].copy_(source[row], non_blocking=True)
+        for row, slots in _neighbours(list(plans)):
+            part = source[row : row + len(slots)]
+            self._packed[slots.start : slots.stop].copy_(part, non_blocking=True)
+        for slot, plan in plans.items():
             self._features[slot] = plan_features(plan)
 
 
@@ -197,26 +202,46 @@ def plan_features(plan: RoutingPlan) -> Features:
     return used
 
 
-def _pack(plan: RoutingPlan, shape: RouterShape) -> np.ndarray:
-    """Return one slot's bytes [L, Layout.num_bytes], neutral where it is unset."""
-    layout = Layout.of(shape.num_experts)
-    packed = np.zeros((len(shape.layers), layout.num_bytes), np.uint8)
-
-    def field(name: str) -> np.ndarray:
-        dtype, sizes = _fields(shape.num_experts)[name]
-        start = layout.offsets[name]
-        end = start + np.dtype(dtype).itemsize * math.prod(sizes)
-        array = packed[:, start:end].view(dtype)
-        return array if sizes else array[:, 0]
-
-    for name in layout.offsets:
+def _pack_neutral(shape: RouterShape) -> np.ndarray:
+    """Return the bytes [L, Layout.num_bytes] of a slot that changes nothing."""
+    num_bytes = Layout.of(shape.num_experts).num_bytes
+    packed = np.zeros((len(shape.layers), num_bytes), np.uint8)
+    for name, values in _unpacked(packed, shape.num_experts).items():
         if name != "flags":
-            value = getattr(plan, name)
-            field(name)[...] = FIELDS[name][2] if value is None else value
-    flags = field("flags")
-    for name, bit in (("promote", PROMOTE), ("demote", DEMOTE), ("drop", DROP)):
-        if (value := getattr(plan, name)) is not None:
-            flags |= value * np.uint8(bit)
-    if plan.allow is not None:
-        flags |= ~plan.allow * np.uint8(FORBIDDEN)
+            values[...] = FIELDS[name][2]
     return packed
+
+
+def _pack(plans: Sequence[RoutingPlan], packed: np.ndarray, num_experts: int) -> None:
+    """Write what plans set into neutral slots [N, L, Layout.num_bytes]."""
+    fields = _unpacked(packed, num_experts)
+    flags = fields.pop("flags")
+    for row, plan in enumerate(plans):
+        for name, values in fields.items():
+            if (value := getattr(plan, name)) is not None:
+                values[row] = value
+        for name, bit in (("promote", PROMOTE), ("demote", DEMOTE), ("drop", DROP)):
+            if (value := getattr(plan, name)) is not None:
+                flags[row] |= value * np.uint8(bit)
+        if plan.allow is not None:
+            flags[row] |= ~plan.allow * np.uint8(FORBIDDEN)
+
+
+def _unpacked(packed: np.ndarray, num_experts: int) -> dict[str, np.ndarray]:
+    """Return typed views of the fields of `packed` [..., Layout.num_bytes]."""
+    offsets = Layout.of(num_experts).offsets
+    views = {}
+    for name, (dtype, sizes) in _fields(num_experts).items():
+        end = offsets[name] + np.dtype(dtype).itemsize * math.prod(sizes)
+        typed = packed[..., offsets[name] : end].view(dtype)
+        views[name] = typed if sizes else typed[..., 0]
+    return views
+
+
+def _neighbours(slots: Sequence[int]) -> Iterator[tuple[int, range]]:
+    """Yield where each run of rising neighbours begins, and the run."""
+    begin = 0
+    for end in range(1, len(slots) + 1):
+        if end == len(slots) or slots[end] != slots[end - 1] + 1:
+            yield begin, range(slots[begin], slots[end - 1] + 1)
+            begin = end

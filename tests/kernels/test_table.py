@@ -80,6 +80,22 @@ def test_rewriting_leaves_nothing_behind_and_moves_nothing():
     assert table.layer(2) is table.layer(2)
 
 
+@pytest.mark.parametrize("slots", [(1, 2, 3, 4), (4, 3, 2), (2, 3, 1, 5), (5, 1, 2)])
+def test_slots_written_at_once_in_any_order(slots):
+    plans = {slot: make_plan(3, bias=[slot, 0, 0, -slot]) for slot in slots}
+    plans[slots[1]] = make_plan(3, **FULL)
+    table, one_by_one = PlanTable(SHAPE, 5, "cpu"), PlanTable(SHAPE, 5, "cpu")
+    table.write(plans)
+    for slot, plan in plans.items():
+        one_by_one.write({slot: plan})
+    for layer in range(3):
+        assert torch.equal(table.layer(layer).packed, one_by_one.layer(layer).packed)
+        assert slot_values(table, slots[0], layer)["bias"][0] == slots[0]
+    assert [table.features(slot) for slot in range(6)] == [
+        one_by_one.features(slot) for slot in range(6)
+    ]
+
+
 @pytest.mark.parametrize("slot", [0, -1, 3])
 def test_only_real_slots_can_be_written(slot):
     table = PlanTable(SHAPE, 2, "cpu")
