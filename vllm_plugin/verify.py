@@ -28,7 +28,7 @@ CHECKS = (
     "prefix-cache",
     "clean",
 )
-EXACT = ("isolated", "contrast")  # in an engine whose outputs the batch cannot change
+EXACT = ("isolated", "contrast")  # they compare requests whose neighbours differ
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -63,8 +63,7 @@ class Job:
     Attributes:
         model: Folder or name of the model.
         dtype: As vLLM's `dtype`.
-        exact: Whether outputs must not depend on the batch: float32 on CPU,
-            vLLM's batch-invariant mode elsewhere.
+        exact: Whether a row must not depend on how others are routed: float32 on CPU.
         stock: Whether vLLM runs without the plugin.
         checks: What to ask of it.
     """

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,8 +137,8 @@ def start_engine(
     Args:
         model: Folder or name of the model.
         dtype: As vLLM's option.
-        exact: Whether outputs must not depend on the batch: float32 on CPU,
-            vLLM's batch-invariant mode elsewhere.
+        exact: Whether a row must not depend on how others are routed: float32 on CPU,
+            where an expert's kernel rounds by how many rows it has.
         stock: Whether the plugin is switched off in this process.
         traces: Folder for routing traces, if any; only CPU engines write them.
 
@@ -150,8 +149,6 @@ def start_engine(
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
-    if exact and not on_cpu:
-        os.environ["VLLM_BATCH_INVARIANT"] = "1"
     from vllm import LLM
 
     traces = traces if on_cpu else None
