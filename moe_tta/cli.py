@@ -225,14 +225,17 @@ def verify(
 ) -> None:
     """Start real engines on a model and check that routing obeys requests.
 
-    Edits must fire, neutral requests must equal stock vLLM's byte for byte, a mixed
-    batch must equal each request alone, and the prefix cache must keep plans apart.
+    Edits must fire, neutral requests must equal stock vLLM's byte for byte, neighbours'
+    plans must change nothing, and the prefix cache must keep plans apart.
     Takes one to four minutes; exit 1 if any check is red.
     """
     from moe_tta.vllm_plugin.verify import verify as run
 
     names = [check.value for check in (only or Check)]
-    report = run(model, dtype.value, names, lambda line: typer.echo(line, err=True))
+    try:
+        report = run(model, dtype.value, names, lambda line: typer.echo(line, err=True))
+    except ValueError as err:
+        _fail(str(err), 2)
     if as_json:
         _print_json(report.as_json())
     elif report.refused is None:

@@ -112,7 +112,11 @@ def verify(
         dtype: The engines' dtype; isolation on CPU always runs in float32.
         only: Names from `CHECKS`.
         progress: Takes a line per engine started.
+
+    Raises:
+        ValueError: the model is a path, and no model is there.
     """
+    _check_path(model)
     report, outputs = Report(model), []
     with tempfile.TemporaryDirectory(prefix="moe-tta-verify-") as folder:
         for number, job in enumerate(_jobs(model, dtype, only)):
@@ -128,6 +132,16 @@ def verify(
         report.rows.append(_compare(*outputs))
     report.rows.sort(key=lambda row: CHECKS.index(row.check))
     return report
+
+
+def _check_path(model: str) -> None:
+    """Refuse what is a path without a model; other names are for vLLM to find."""
+    path = Path(model)
+    if not path.exists() and (path.is_absolute() or model.startswith(".")):
+        raise ValueError(f"there is no file or folder {model}")
+    configs = "config.json", "params.json"
+    if path.is_dir() and not any((path / name).exists() for name in configs):
+        raise ValueError(f"expected a model's folder, got {model} without config.json")
 
 
 def _jobs(model: str, dtype: Dtype, only: Collection[str]) -> Iterator[Job]:

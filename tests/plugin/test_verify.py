@@ -136,6 +136,18 @@ def test_crash_is_a_red_row(tiny_models, break_engines):
     assert rows["prefix-cache"][0]["evidence"] == "not run"
 
 
+def test_paths_without_a_model_are_named(tmp_path):
+    cases = {
+        str(tmp_path): f"expected a model's folder, got {tmp_path} without config.json",
+        str(tmp_path / "no"): f"there is no file or folder {tmp_path}/no",
+        "./no": "there is no file or folder ./no",
+    }
+    for model, words in cases.items():
+        result = CliRunner().invoke(app, ["verify", model])
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr == f"moe-tta: {words}\n"
+
+
 def test_unsupported_models_are_refused(tmp_path):
     config = {
         "architectures": ["JambaForCausalLM"],
