@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from enum import IntFlag
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ _TORCH = {
     np.int64: torch.int64,
     np.float32: torch.float32,
 }
+_NUMPY = {dtype: dtype for dtype in _TORCH}
 
 
 class Features(IntFlag):
@@ -157,7 +158,7 @@ class PlanTable:
         source = torch.from_numpy(packed)
         if self._packed.is_cuda:
             source = source.pin_memory()  # once for all: the first time is slow
-        for row, slots in _neighbours(list(plans)):
+        for row, slots in _rising(list(plans)):
             part = source[row : row + len(slots)]
             self._packed[slots.start : slots.stop].copy_(part, non_blocking=True)
         for slot, plan in plans.items():
@@ -166,13 +167,7 @@ class PlanTable:
 
 def _view(packed: torch.Tensor, num_experts: int) -> LayerTable:
     """Return the fields of `packed` [S, bytes] as typed views."""
-    offsets = Layout.of(num_experts).offsets
-    views = {}
-    for name, (dtype, sizes) in _fields(num_experts).items():
-        end = offsets[name] + np.dtype(dtype).itemsize * math.prod(sizes)
-        typed = packed[:, offsets[name] : end].view(_TORCH[dtype])
-        views[name] = typed if sizes else typed[:, 0]
-    return LayerTable(**views, packed=packed)
+    return LayerTable(**_unpacked(packed, num_experts, _TORCH), packed=packed)
 
 
 def plan_features(plan: RoutingPlan) -> Features:
@@ -227,19 +222,25 @@ def _pack(plans: Sequence[RoutingPlan], packed: np.ndarray, num_experts: int) ->
             flags[row] |= ~plan.allow * np.uint8(FORBIDDEN)
 
 
-def _unpacked(packed: np.ndarray, num_experts: int) -> dict[str, np.ndarray]:
-    """Return typed views of the fields of `packed` [..., Layout.num_bytes]."""
+def _unpacked(packed: Any, num_experts: int, types: Mapping = _NUMPY) -> dict[str, Any]:
+    """Return views by field of an array or tensor [..., Layout.num_bytes].
+
+    Args:
+        packed: Bytes.
+        num_experts: E of its layout.
+        types: The views' dtypes by NumPy's.
+    """
     offsets = Layout.of(num_experts).offsets
     views = {}
     for name, (dtype, sizes) in _fields(num_experts).items():
         end = offsets[name] + np.dtype(dtype).itemsize * math.prod(sizes)
-        typed = packed[..., offsets[name] : end].view(dtype)
+        typed = packed[..., offsets[name] : end].view(types[dtype])
         views[name] = typed if sizes else typed[..., 0]
     return views
 
 
-def _neighbours(slots: Sequence[int]) -> Iterator[tuple[int, range]]:
-    """Yield where each run of rising neighbours begins, and the run."""
+def _rising(slots: Sequence[int]) -> Iterator[tuple[int, range]]:
+    """Yield each run of slots that follow each other: its place, and the slots."""
     begin = 0
     for end in range(1, len(slots) + 1):
         if end == len(slots) or slots[end] != slots[end - 1] + 1:
