@@ -229,13 +229,15 @@ def verify(
     plans must change nothing, and the prefix cache must keep plans apart.
     Takes one to four minutes; exit 1 if any check is red.
     """
+    from moe_tta.vllm_plugin.verify import check_path
     from moe_tta.vllm_plugin.verify import verify as run
 
-    names = [check.value for check in (only or Check)]
     try:
-        report = run(model, dtype.value, names, lambda line: typer.echo(line, err=True))
+        check_path(model)
     except ValueError as err:
         _fail(str(err), 2)
+    names = [check.value for check in (only or Check)]
+    report = run(model, dtype.value, names, lambda line: typer.echo(line, err=True))
     if as_json:
         _print_json(report.as_json())
     elif report.refused is None:

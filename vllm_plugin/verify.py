@@ -112,11 +112,7 @@ def verify(
         dtype: The engines' dtype; isolation on CPU always runs in float32.
         only: Names from `CHECKS`.
         progress: Takes a line per engine started.
-
-    Raises:
-        ValueError: the model is a path, and no model is there.
     """
-    _check_path(model)
     report, outputs = Report(model), []
     with tempfile.TemporaryDirectory(prefix="moe-tta-verify-") as folder:
         for number, job in enumerate(_jobs(model, dtype, only)):
@@ -134,8 +130,12 @@ def verify(
     return report
 
 
-def _check_path(model: str) -> None:
-    """Refuse what is a path without a model; other names are for vLLM to find."""
+def check_path(model: str) -> None:
+    """Refuse what is a path without a model; other names are for vLLM to find.
+
+    Raises:
+        ValueError: says what is missing.
+    """
     path = Path(model)
     if not path.exists() and (path.is_absolute() or model.startswith(".")):
         raise ValueError(f"there is no file or folder {model}")
