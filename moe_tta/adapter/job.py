@@ -54,6 +54,7 @@ class RerouteJob:
                 [sequences[index] for index in self._usable],
                 model.device,
                 None if starts is None else [starts[index] for index in self._usable],
+                model.passes.multiple,
             )
             self._running = round_units(model, contexts, delta[self._usable], settings)
 

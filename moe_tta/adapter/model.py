@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moe_tta.adapter.errors import AdapterError
 from moe_tta.adapter.families import family_of, router_shape
 from moe_tta.adapter.fused import fuse
+from moe_tta.adapter.graphs import CudaCapture, Graphs, Passes
 from moe_tta.adapter.linear import FrozenEmbedding, FrozenLinear
 from moe_tta.adapter.mapped import map_checkpoint, model_names, take_experts
 from moe_tta.adapter.routing import AdaptedRouter, EditTables, LayerEdit
@@ -44,10 +45,12 @@ class AdapterModel:
             replaced.
         device: Where weights and activations live.
         dtype: Of activations.
+        passes: How whole passes are run.
     """
 
     def __init__(self, lm: nn.Module, dtype: torch.dtype, device: torch.device):
         self.config, self.lm = lm.config, lm.eval()
+        self.passes = Passes()
         self.shape = router_shape(lm.config)
         self.dtype, self.device = dtype, device
         tables = EditTables(self.shape, device)
@@ -108,9 +111,13 @@ class AdapterModel:
         state = view_served(lm, tensors, family)
         sample = state["model.norm.weight"]
         _assign(lm, state, sample.device)
-        if sample.is_cuda and sample.dtype == torch.bfloat16:
+        fast = sample.is_cuda and sample.dtype == torch.bfloat16
+        if fast:
             fuse(lm)
-        return AdapterModel(lm, sample.dtype, sample.device)
+        model = AdapterModel(lm, sample.dtype, sample.device)
+        if fast:
+            model.passes = Graphs(CudaCapture())
+        return model
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every weight by name; experts of a mapped checkpoint one by one."""

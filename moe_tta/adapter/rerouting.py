@@ -15,7 +15,6 @@ from moe_tta.adapter.contexts import Contexts
 from moe_tta.adapter.descent import (
     OPTIMIZERS,
     Descent,
-    autograd_gradient,
     descent_steps,
 )
 from moe_tta.adapter.errors import AdapterError
@@ -128,16 +127,23 @@ def round_units(
     surveyed = survey(model, contexts, delta)
     rates = layer_rates(model, surveyed, settings)
     lowest = int((rates > 0).any(dim=0).nonzero()[0])
-    hidden = surveyed.inputs[lowest]
+    lowest = model.passes.lowest(lowest, rates.shape[1])
+    tail = Tail(
+        model,
+        contexts,
+        surveyed.inputs[lowest],
+        lowest,
+        settings.skip,
+        settings.recompute,
+    )
     del surveyed  # the other layers' inputs
     yield
-    tail = Tail(model, contexts, hidden, lowest, settings.skip, settings.recompute)
-    gradient = autograd_gradient(tail.loss)
+    gradient = tail.gradient
     if settings.optimizer == "spsa":
         generator = torch.Generator().manual_seed(settings.seed)
         gradient = partial(
             spsa_gradient,
-            tail.loss,
+            tail.value,
             free=rates > 0,
             radius=settings.radius,
             pairs=settings.pairs,
@@ -145,7 +151,7 @@ def round_units(
         )
     done = yield from descent_steps(
         gradient,
-        tail.loss,
+        tail.value,
         delta,
         rates,
         settings.optimizer,

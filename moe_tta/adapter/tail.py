@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 
 from moe_tta.adapter.contexts import Contexts, causal_mask
+from moe_tta.adapter.descent import autograd_gradient
 from moe_tta.adapter.families import attention_window
-from moe_tta.adapter.loss import mean_by_owner, token_nll
+from moe_tta.adapter.loss import token_nll
 from moe_tta.adapter.model import AdapterModel, Shared
 from moe_tta.adapter.routing import LayerEdit
 from moe_tta.kernels.reference import Routing
@@ -45,7 +46,23 @@ def survey(model: AdapterModel, contexts: Contexts, delta: torch.Tensor) -> Surv
         model: The adapter.
         contexts: R sequences.
         delta: [R, L, E] vectors in force.
+
+    Returns:
+        What holds until the model's next pass.
     """
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *texts, vectors = tensors
+        return _survey(model, Contexts(*texts), vectors)
+
+    size = ("survey", *contexts.tokens.shape)
+    uncertainty, *inputs = model.passes.call(size, run, (*contexts, delta))
+    return Survey(inputs, uncertainty)
+
+
+def _survey(
+    model: AdapterModel, contexts: Contexts, delta: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     real = contexts.real
     sums = torch.zeros(len(real), len(model.shape.layers), device=model.device)
     places = {number: index for index, number in enumerate(model.shape.layers)}
@@ -59,20 +76,21 @@ def survey(model: AdapterModel, contexts: Contexts, delta: torch.Tensor) -> Surv
         sums[:, places[number]] = torch.where(real, rows, 0.0).sum(dim=1)
 
     hidden = model.embed(contexts.tokens)
-    shared = _shared(model, contexts, hidden)
+    shared = _shared(model, hidden)
     edits = delta_edits(model, delta, slots)
     inputs = []
     for number in range(model.shape.layers[-1] + 1):
         if number in places:
             inputs.append(hidden)
         hidden = model.run(hidden, range(number, number + 1), shared, edits, watch)
-    return Survey(inputs, sums / contexts.lengths[:, None])
+    return (sums / contexts.lengths[:, None], *inputs)
 
 
-def _shared(model: AdapterModel, contexts: Contexts, hidden: torch.Tensor) -> Shared:
-    window = attention_window(model.config)
-    mask = causal_mask(hidden.shape[1], window, hidden.device)
-    return model.shared(hidden, contexts.positions, mask)
+def _shared(model: AdapterModel, hidden: torch.Tensor) -> Shared:
+    length = hidden.shape[1]
+    positions = torch.arange(length, device=hidden.device)[None]
+    mask = causal_mask(length, attention_window(model.config), hidden.device)
+    return model.shared(hidden, positions, mask)
 
 
 class Tail:
@@ -81,7 +99,7 @@ class Tail:
     Args:
         model: The adapter.
         contexts: R sequences.
-        hidden: [R, T, H] before MoE layer `lowest`, from `survey`.
+        hidden: [R, T, H] before MoE layer `lowest`, from `survey`; copied.
         lowest: Position in `shape.layers` of the lowest layer to take gradients in.
         skip: Tokens at the head of each context that are not scored.
         recompute: See `AdapterModel.run`.
@@ -96,16 +114,15 @@ class Tail:
         skip: int,
         recompute: bool = False,
     ):
-        self._model, self._hidden, self._recompute = model, hidden, recompute
-        first = model.shape.layers[lowest]
-        self._layers = range(first, model.config.num_hidden_layers)
-        self._shared = _shared(model, contexts, hidden)
-        self._slots = contexts.slots()
-        scored = contexts.scored(skip)
-        self._rows = scored.reshape(-1).nonzero()[:, 0]  # [N]
-        self._owners = self._rows // scored.shape[1]
-        following = contexts.tokens.roll(-1, dims=1)
-        self._targets = following.reshape(-1)[self._rows]
+        self._model, self._recompute = model, recompute
+        self._first = model.shape.layers[lowest]
+        self._inputs = (
+            hidden.clone(),
+            contexts.slots(),
+            contexts.tokens.roll(-1, dims=1).reshape(-1),
+            contexts.scored(skip),
+        )
+        self._size = (*contexts.tokens.shape, self._first, recompute)
 
     def loss(self, delta: torch.Tensor) -> torch.Tensor:
         """Return each request's next-token cross-entropy in nats, [R].
@@ -116,10 +133,43 @@ class Tail:
             delta: [R, L, E] f32 vectors of all MoE layers; those below the tail are
                 not read, since their work is in the activations.
         """
-        edits = delta_edits(self._model, delta, self._slots)
-        hidden = self._model.run(
-            self._hidden, self._layers, self._shared, edits, recompute=self._recompute
+        return self._loss(*self._inputs, delta)
+
+    @torch.no_grad()
+    def value(self, delta: torch.Tensor) -> torch.Tensor:
+        """Return the same without gradients, perhaps by a CUDA graph."""
+
+        def run(*tensors: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self._loss(*tensors),)
+
+        size = ("value", *self._size)
+        (losses,) = self._model.passes.call(size, run, (*self._inputs, delta))
+        return losses.clone()
+
+    def gradient(self, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return losses [R] and their gradients [R, L, E], perhaps by a CUDA graph."""
+
+        def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            *inputs, vectors = tensors
+            return autograd_gradient(lambda leaf: self._loss(*inputs, leaf))(vectors)
+
+        size = ("gradient", *self._size)
+        losses, slope = self._model.passes.call(size, run, (*self._inputs, delta))
+        return losses.clone(), slope.clone()
+
+    def _loss(
+        self,
+        hidden: torch.Tensor,
+        slots: torch.Tensor,
+        targets: torch.Tensor,
+        scored: torch.Tensor,
+        delta: torch.Tensor,
+    ) -> torch.Tensor:
+        model = self._model
+        layers = range(self._first, model.config.num_hidden_layers)
+        edits = delta_edits(model, delta, slots)
+        hidden = model.run(
+            hidden, layers, _shared(model, hidden), edits, recompute=self._recompute
         )
-        rows = hidden.flatten(0, 1).index_select(0, self._rows)
-        values = token_nll(self._model, rows, self._targets)
-        return mean_by_owner(values, self._owners, len(delta), torch.ones_like(values))
+        values = token_nll(model, hidden.flatten(0, 1), targets).view(scored.shape)
+        return torch.where(scored, values, 0.0).sum(dim=1) / scored.sum(dim=1)

@@ -59,7 +59,7 @@ def test_memory_that_runs_out_ends_the_job(model, draw, monkeypatch):
     def full(self, delta):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(Tail, "loss", full)
+    monkeypatch.setattr(Tail, "gradient", full)
     job.advance()
     assert job.done
     assert job.result()[0].outcome is Outcome.OUT_OF_MEMORY

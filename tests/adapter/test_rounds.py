@@ -99,7 +99,7 @@ def test_out_of_memory_adapts_nobody_and_raises_nothing(model, draw, monkeypatch
     def full(self, delta):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(Tail, "loss", full)
+    monkeypatch.setattr(Tail, "gradient", full)
     start = draw.normal(2, *size(model))
     done = reroute(model, [draw.tokens(9), draw.tokens(12)], start, Rerouting())
     assert [one.outcome for one in done] == [Outcome.OUT_OF_MEMORY] * 2
