@@ -141,14 +141,14 @@ def test_what_fails_goes_on_unadapted(llm, monkeypatch, error, outcome):
     plain = generate(llm, [PROMPT], [sampling(20)])
     steer = sampling(20, {"steer": {"promote": [[1, 0]]}})
     steered = generate(llm, [other], [steer])
-    whole = Tail.loss
+    whole = Tail._loss
 
-    def broken(self, delta):
+    def broken(self, *inputs):
         if error is not None:
             raise error
-        return whole(self, delta) * float("nan")
+        return whole(self, *inputs) * float("nan")
 
-    monkeypatch.setattr(Tail, "loss", broken)
+    monkeypatch.setattr(Tail, "_loss", broken)
     before = rounds_counted().get(outcome, 0)
     mine, theirs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in (PROMPT, other)],
@@ -165,15 +165,15 @@ def test_what_fails_goes_on_unadapted(llm, monkeypatch, error, outcome):
 
 def test_a_round_that_fails_keeps_the_version_before(llm, monkeypatch):
     whole = complete(llm, PROMPT, sampling(7, REROUTE))
-    run, calls = Tail.loss, []
+    run, calls = Tail._loss, []
 
-    def broken(self, delta):
+    def broken(self, *inputs):
         calls.append(1)
         if len(calls) > 2:  # a step and the last loss of the first round
             raise torch.OutOfMemoryError("full")
-        return run(self, delta)
+        return run(self, *inputs)
 
-    monkeypatch.setattr(Tail, "loss", broken)
+    monkeypatch.setattr(Tail, "_loss", broken)
     got = complete(llm, PROMPT, sampling(20, REROUTE))
     outcomes = [r["outcome"] for r in got.moe_tta["rounds"]]
     assert outcomes == ["adapted", "out of memory", "out of memory"]
