@@ -108,9 +108,10 @@ class AdapterModel:
         state = view_served(lm, tensors, family)
         sample = state["model.norm.weight"]
         _assign(lm, state, sample.device)
+        model = AdapterModel(lm, sample.dtype, sample.device)
         if sample.is_cuda and sample.dtype == torch.bfloat16:
-            fuse(lm)
-        return AdapterModel(lm, sample.dtype, sample.device)
+            fuse(model.lm)
+        return model
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every weight by name; experts of a mapped checkpoint one by one."""
