@@ -39,7 +39,7 @@ def test_all_rows_may_choose_the_same_experts():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("hidden", [8, 48, 1032])
+@pytest.mark.parametrize("hidden", [48, 1032])
 @pytest.mark.parametrize(("num_rows", "num_experts", "width"), SHAPES)
 def test_rows_and_sums(num_rows, num_experts, width, hidden, dtype):
     ids = checks.draw_ids(num_rows, num_experts, width)
@@ -47,7 +47,7 @@ def test_rows_and_sums(num_rows, num_experts, width, hidden, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("inner", [8, 40, 1032, 2048])
+@pytest.mark.parametrize("inner", [40, 1032])
 @pytest.mark.parametrize(("num_rows", "num_experts", "width"), SHAPES[:4])
 def test_activation(num_rows, num_experts, width, inner, dtype):
     ids = checks.draw_ids(num_rows, num_experts, width)
