@@ -48,7 +48,7 @@ def biased_topk(
         router_logits: [T, E] contiguous, any float dtype, T at least 1.
         rule: One that `is_plain_softmax`.
         slots: [T] int32 or int64 contiguous, 0 .. S: 0 adds nothing.
-        bias: [S, E] f32, neighbours in a row contiguous; its first row is slot 1's.
+        bias: [S, E] f32, rows apart by any stride; its first row is slot 1's.
 
     Returns:
         weights [T, K] f32 and ids [T, K] int64 by falling weight, ties by lowest id.
@@ -56,6 +56,8 @@ def biased_topk(
     kind = rule.top_k, rule.always_renormalizes, bias is not None
     if bias is None:
         slots = bias = router_logits.detach()  # stand in, and are not read
+    elif bias.stride(1) != 1:
+        bias = bias.contiguous()
     return _BiasedTopk.apply(router_logits, slots, bias, kind)
 
 

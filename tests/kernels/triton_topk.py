@@ -66,6 +66,12 @@ def test_runs_of_requests_with_padding(dtype):
     checks.check(shape, rule, draw(96, 8), slots, vectors(3, 8), DEVICE)
 
 
+def test_vectors_may_lie_across():
+    shape, rule = checks.make_rule(8, 2, False)
+    slots = torch.arange(9) % 4
+    checks.check(shape, rule, draw(9, 8), slots, draw(8, 3, seed=2).T, DEVICE)
+
+
 def test_more_rows_than_are_looked_at_together():
     shape, rule = checks.make_rule(4, 2, True)
     slots = torch.zeros(1060, dtype=torch.int64)
