@@ -111,11 +111,9 @@ class AdapterModel:
         state = view_served(lm, tensors, family)
         sample = state["model.norm.weight"]
         _assign(lm, state, sample.device)
-        fast = sample.is_cuda and sample.dtype == torch.bfloat16
-        if fast:
-            fuse(lm)
         model = AdapterModel(lm, sample.dtype, sample.device)
-        if fast:
+        if sample.is_cuda and sample.dtype == torch.bfloat16:
+            fuse(model.lm)
             model.passes = Graphs(CudaCapture())
         return model
 

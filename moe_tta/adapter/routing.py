@@ -23,6 +23,8 @@ from moe_tta.kernels.table import Features, LayerTable, PlanTable
 from moe_tta.shape import RouterShape
 
 Observer = Callable[[torch.Tensor, Routing], None]
+# logits [T, E], rule, slots [T], bias [S, E] -> weights [T, K], ids [T, K] int64
+BiasedTopk = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class LayerEdit(NamedTuple):
@@ -85,6 +87,14 @@ class AdaptedRouter(nn.Module):
         # set by the pass that runs this layer, for this layer's call alone
         self.edit: LayerEdit | None = None
         self.observe: Observer | None = None
+        self._topk: BiasedTopk | None = None
+
+    def fuse(self) -> None:
+        """Route by Triton kernels where they know the rule, but for distributions."""
+        from moe_tta.kernels.biased_topk import biased_topk, is_plain_softmax
+
+        if is_plain_softmax(self._rule):
+            self._topk = biased_topk
 
     def forward(
         self, hidden_states: torch.Tensor
@@ -92,13 +102,20 @@ class AdaptedRouter(nn.Module):
         """Route rows [..., H]: logits [T, E], weights [T, K] f32, ids [T, K] int64."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits = functional.linear(rows, self.weight.to(rows.dtype))
+        edit = self.edit
+        if self._topk is not None and (edit is None or edit.target is None):
+            weights, ids = self._topk(logits, self._rule, *(edit or ())[:2])
+            chosen = Routing(weights, ids)
+        else:
+            chosen = self._by_law(logits)
+        if self.observe is not None:
+            self.observe(logits, chosen._replace(topk_ids=chosen.topk_ids.int()))
+        return logits, chosen.topk_weights, chosen.topk_ids.long()
+
+    def _by_law(self, logits: torch.Tensor) -> Routing:
         width = self._rule.top_k
         if self.edit is None:
-            chosen = model_routing(logits, self._rule, width)
-        else:
-            table, features = self._tables.table(self.edit)
-            slots = self.edit.slots  # stand in for positions, which no edit reads
-            chosen = route(logits, slots, slots, table, self._rule, width, 0, features)
-        if self.observe is not None:
-            self.observe(logits, chosen)
-        return logits, chosen.topk_weights, chosen.topk_ids.long()
+            return model_routing(logits, self._rule, width)
+        table, features = self._tables.table(self.edit)
+        slots = self.edit.slots  # stand in for positions, which no edit reads
+        return route(logits, slots, slots, table, self._rule, width, 0, features)

@@ -27,9 +27,10 @@ def delta_edits(
     model: AdapterModel, delta: torch.Tensor, slots: torch.Tensor
 ) -> dict[int, LayerEdit]:
     """Return each MoE layer's edit for vectors [R, L, E] and row slots [R T]."""
+    # unbound at once: one gradient is made of all layers', instead of one for each
     return {
-        number: LayerEdit(slots, bias=delta[:, index])
-        for index, number in enumerate(model.shape.layers)
+        number: LayerEdit(slots, bias=bias)
+        for number, bias in zip(model.shape.layers, delta.unbind(1), strict=True)
     }
 
 

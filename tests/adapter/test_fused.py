@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What GPUs run in bfloat16, on a CPU: grouped products of experts, fused norms."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from moe_tta.adapter import AdapterModel
+from moe_tta.adapter import AdapterError, AdapterModel
 from moe_tta.adapter.descent import autograd_gradient
-from moe_tta.adapter.fused import GroupedExperts, Order, fuse
+from moe_tta.adapter.fused import fuse
+from moe_tta.adapter.grouped import GroupedExperts
 from tests.adapter import independent
 from tests.adapter.layouts import vllm_tensors
 from tests.adapter.test_gradient import relative, size, tail_of
@@ -26,13 +30,10 @@ def test_float32_agrees_with_the_loop(tiny_models, family, draw):
     assert relative(fused[1], loop[1]) <= 1e-5
 
 
-def test_pairs_by_hand():
-    """Three rows of two experts each; expert 1 has none."""
-    order = Order.of(torch.tensor([[2, 0], [0, 3], [3, 2]]), 4)
-    assert order.by_expert.tolist() == [1, 2, 0, 5, 3, 4]
-    assert order.back.tolist() == [2, 0, 1, 4, 5, 3]
-    assert order.ends.tolist() == [2, 2, 4, 6]
-    assert order.ends.dtype == torch.int32
+def test_other_activations_are_refused():
+    experts = SimpleNamespace(act_fn=torch.nn.GELU())
+    with pytest.raises(AdapterError, match="compute SiLU, not GELU"):
+        GroupedExperts(experts)
 
 
 def test_bfloat16_is_as_near_as_transformers(tiny_models, family, draw):

@@ -13,7 +13,7 @@ import logging
 import pytest
 import torch
 
-from moe_tta.adapter.fused import GroupedExperts
+from moe_tta.adapter.grouped import GroupedExperts
 from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
 from tests.gpu import adapter_checks as checks
 from tests.gpu.test_isolation import GRAPHS

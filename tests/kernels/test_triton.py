@@ -17,12 +17,15 @@ ROOT = Path(__file__).parents[2]
 
 
 CASES = (
-    "triton_cases.py",
-    "triton_options.py",
-    "triton_random.py",
-    "triton_sum.py",
-    "triton_contrast.py",
-    "triton_recall.py",
+    "kernels/triton_cases.py",
+    "kernels/triton_options.py",
+    "kernels/triton_random.py",
+    "kernels/triton_sum.py",
+    "kernels/triton_contrast.py",
+    "kernels/triton_recall.py",
+    "kernels/triton_experts.py",
+    "kernels/triton_topk.py",
+    "adapter/triton_fused.py",
 )
 
 
@@ -34,7 +37,7 @@ def test_triton_kernels_equal_plain_torch(cases):
         env["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, f"tests/kernels/{cases}"],
+        [*command, f"tests/{cases}"],
         env=env,
         cwd=ROOT,
         capture_output=True,
