@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from moe_tta.adapter.attention import fuse_attention
+from moe_tta.adapter.head import FusedHead
+
 
 class Order(NamedTuple):
     """Pairs of row and expert, T K of them, sorted by expert."""
@@ -144,3 +147,5 @@ def fuse(model: nn.Module) -> None:
                 setattr(parent, name, FusedNorm(child))
             elif hasattr(child, "gate_up_proj") and hasattr(child, "num_experts"):
                 setattr(parent, name, GroupedExperts(child))
+    fuse_attention(model)
+    model.lm_head = FusedHead(model.lm_head)
