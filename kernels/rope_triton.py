@@ -90,8 +90,8 @@ def _sizes(layout: HeadLayout) -> dict:
         "BLOCK_QUERIES": blocks[0],
         "BLOCK_KEYS": blocks[1],
         "BLOCK_HALF": half,
-        # 8 numbers of each tile for a thread: 16 bytes of bfloat16
-        "num_warps": min(8, max(1, blocks[0] * half // 256)),
+        # 8 numbers of a tile for a thread: 16 bytes of bfloat16; more for wide models
+        "num_warps": min(4, max(1, blocks[0] * half // 256)),
     }
 
 
@@ -120,10 +120,12 @@ def _store_halves(ptr, places, inside, low, high, HALF: tl.constexpr):
 @triton.jit
 def _mean(numbers, COUNT: tl.constexpr, DIM: tl.constexpr, PER_HEAD: tl.constexpr):
     """Mean over what is normed together, of sums of the two halves."""
-    of_heads = tl.sum(numbers, axis=1, keep_dims=True)
+    total = tl.sum(numbers, axis=1, keep_dims=True)
     if PER_HEAD:
-        return of_heads / DIM
-    return tl.sum(of_heads, axis=0, keep_dims=True) / (COUNT * DIM)
+        total /= DIM
+    else:
+        total = tl.sum(total, axis=0, keep_dims=True) / (COUNT * DIM)
+    return total
 
 
 @triton.jit
