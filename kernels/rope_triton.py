@@ -92,6 +92,7 @@ def _sizes(layout: HeadLayout) -> dict:
         "BLOCK_HALF": half,
         # 8 numbers of a tile for a thread: 16 bytes of bfloat16; more for wide models
         "num_warps": min(4, max(1, blocks[0] * half // 256)),
+        "enable_fp_fusion": True,
     }
 
 

@@ -39,6 +39,7 @@ def _constants(vocab: int, stride: int, slopes: bool, *_: object) -> dict:
         "SLOPES": slopes,
         "BLOCK": min(_BLOCK, triton.next_power_of_2(vocab)),
         "num_warps": 8,
+        "enable_fp_fusion": True,
     }
 
 

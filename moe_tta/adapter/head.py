@@ -29,9 +29,7 @@ class _TokenLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         score = _scorer(rows.device)
         wanted = ctx.needs_input_grad[0]
-        vocab = len(weight)
-        pitch = -(-vocab // _ALIGNED) * _ALIGNED
-        logits = rows.new_empty(min(CHUNK, len(rows)), pitch)[:, :vocab]
+        logits = _room(rows, min(CHUNK, len(rows)), len(weight))
         wide = torch.promote_types(rows.dtype, torch.float32)
         nll = torch.empty(len(rows), dtype=wide, device=rows.device)
         slopes = torch.empty_like(rows) if wanted else None
@@ -50,7 +48,18 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (slopes,) = ctx.saved_tensors
         # one kernel: the product in float32, rounded to the dtype of the rows
-        return torch.mul(slopes, grad[:, None], out=torch.empty_like(slopes)), None, None
+        back = torch.mul(slopes, grad[:, None], out=torch.empty_like(slopes))
+        return back, None, None
+
+
+def _room(like: torch.Tensor, count: int, vocab: int) -> torch.Tensor:
+    """Return memory for logits [count, V] whose rows are aligned."""
+    pitch = -(-vocab // _ALIGNED) * _ALIGNED
+    buffer = like.new_empty(count, pitch)
+    if pitch > vocab:
+        # some products in bfloat16 on CPU read beyond a row, times 0: no NaN there
+        buffer[:, vocab:] = 0
+    return buffer[:, :vocab]
 
 
 def _scorer(device: torch.device) -> Callable[..., None]:

@@ -23,6 +23,8 @@ CASES = (
     "triton_sum.py",
     "triton_contrast.py",
     "triton_recall.py",
+    "triton_rope.py",
+    "triton_token_loss.py",
 )
 
 
