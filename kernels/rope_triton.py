@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The heads of `rope.py` as Triton kernels: one launch forward, one backward.
 
-Each program has one row's queries or keys (or, backward, values), as two tiles
-[heads, D/2] whose numbers are turned in pairs. Sums are those of one program, in a
-fixed order.
+Each program has one row's queries or keys (or, backward, values). Sums are those of
+one program, in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import triton.language as tl
 
 from moe_tta.kernels.launch import Launcher
 from moe_tta.kernels.rope import HeadLayout, NormWeights, Tables
+from moe_tta.kernels.rope_tiles import copy_part, turn_part, turn_part_back
 
 
 def turn_heads(
@@ -104,68 +104,6 @@ def _back_constants(layout: HeadLayout, *_: object) -> dict:
     return _sizes(layout)
 
 
-@triton.jit
-def _load_halves(ptr, places, inside, HALF: tl.constexpr):
-    low = tl.load(ptr + places, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(ptr + places + HALF, mask=inside, other=0.0).to(tl.float32)
-    return low, high
-
-
-@triton.jit
-def _store_halves(ptr, places, inside, low, high, HALF: tl.constexpr):
-    dtype = ptr.dtype.element_ty
-    tl.store(ptr + places, low.to(dtype), mask=inside)
-    tl.store(ptr + places + HALF, high.to(dtype), mask=inside)
-
-
-@triton.jit
-def _mean(numbers, COUNT: tl.constexpr, DIM: tl.constexpr, PER_HEAD: tl.constexpr):
-    """Mean over what is normed together, of sums of the two halves."""
-    total = tl.sum(numbers, axis=1, keep_dims=True)
-    if PER_HEAD:
-        total /= DIM
-    else:
-        total = tl.sum(total, axis=0, keep_dims=True) / (COUNT * DIM)
-    return total
-
-
-@triton.jit
-def _turn_part(
-    from_ptr,
-    to_ptr,
-    cos_ptr,
-    sin_ptr,
-    weight_ptr,
-    COUNT: tl.constexpr,
-    DIM: tl.constexpr,
-    NORMED: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
-    HALF: tl.constexpr = DIM // 2
-    heads = tl.arange(0, BLOCK)[:, None]
-    dims = tl.arange(0, BLOCK_HALF)[None, :]
-    inside = (heads < COUNT) & (dims < HALF)
-    places = heads * DIM + dims
-    low, high = _load_halves(from_ptr, places, inside, HALF)
-    if NORMED:
-        size = _mean(low * low + high * high, COUNT, DIM, PER_HEAD)
-        scale = tl.rsqrt(size + EPS)
-        if PER_HEAD:
-            w_low, w_high = _load_halves(weight_ptr, dims, dims < HALF, HALF)
-        else:
-            w_low, w_high = _load_halves(weight_ptr, places, inside, HALF)
-        low = low * scale * w_low
-        high = high * scale * w_high
-    cos_low, cos_high = _load_halves(cos_ptr, dims, dims < HALF, HALF)
-    sin_low, sin_high = _load_halves(sin_ptr, dims, dims < HALF, HALF)
-    turned_low = low * cos_low - high * sin_low
-    turned_high = high * cos_high + low * sin_high
-    _store_halves(to_ptr, places, inside, turned_low, turned_high, HALF)
-
-
 @triton.jit(do_not_specialize=["positions"])
 def _turn(
     joint_ptr,
@@ -192,60 +130,17 @@ def _turn(
     joint_ptr += row * (QUERIES + 2 * KEYS) * DIM
     turned_ptr += row * TURNED_WIDTH
     if tl.program_id(1) == 0:
-        _turn_part(
+        turn_part(
             *(joint_ptr, turned_ptr, cos_ptr, sin_ptr, query_weight_ptr),
             *(QUERIES, DIM, NORMED, PER_HEAD, EPS, BLOCK_QUERIES, BLOCK_HALF),
         )
     else:
         joint_ptr += QUERIES * DIM
         turned_ptr += QUERIES * DIM
-        _turn_part(
+        turn_part(
             *(joint_ptr, turned_ptr, cos_ptr, sin_ptr, key_weight_ptr),
             *(KEYS, DIM, NORMED, PER_HEAD, EPS, BLOCK_KEYS, BLOCK_HALF),
         )
-
-
-@triton.jit
-def _back_part(
-    grad_ptr,
-    from_ptr,
-    to_ptr,
-    cos_ptr,
-    sin_ptr,
-    weight_ptr,
-    COUNT: tl.constexpr,
-    DIM: tl.constexpr,
-    NORMED: tl.constexpr,
-    PER_HEAD: tl.constexpr,
-    EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-):
-    HALF: tl.constexpr = DIM // 2
-    heads = tl.arange(0, BLOCK)[:, None]
-    dims = tl.arange(0, BLOCK_HALF)[None, :]
-    inside = (heads < COUNT) & (dims < HALF)
-    places = heads * DIM + dims
-    grad_low, grad_high = _load_halves(grad_ptr, places, inside, HALF)
-    cos_low, cos_high = _load_halves(cos_ptr, dims, dims < HALF, HALF)
-    sin_low, sin_high = _load_halves(sin_ptr, dims, dims < HALF, HALF)
-    low = grad_low * cos_low + grad_high * sin_high
-    high = grad_high * cos_high - grad_low * sin_low
-    if NORMED:
-        if PER_HEAD:
-            w_low, w_high = _load_halves(weight_ptr, dims, dims < HALF, HALF)
-        else:
-            w_low, w_high = _load_halves(weight_ptr, places, inside, HALF)
-        low *= w_low
-        high *= w_high
-        x_low, x_high = _load_halves(from_ptr, places, inside, HALF)
-        size = _mean(x_low * x_low + x_high * x_high, COUNT, DIM, PER_HEAD)
-        scale = tl.rsqrt(size + EPS)
-        along = _mean(low * x_low + high * x_high, COUNT, DIM, PER_HEAD)
-        along *= scale * scale
-        low = scale * (low - x_low * along)
-        high = scale * (high - x_high * along)
-    _store_halves(to_ptr, places, inside, low, high, HALF)
 
 
 @triton.jit(do_not_specialize=["positions"])
@@ -277,7 +172,7 @@ def _turn_back(
     back_ptr += row * (QUERIES + 2 * KEYS) * DIM
     if tl.program_id(1) == 0:
         query_grad_ptr += row * QUERIES * DIM
-        _back_part(
+        turn_part_back(
             *(query_grad_ptr, joint_ptr, back_ptr, cos_ptr, sin_ptr, query_weight_ptr),
             *(QUERIES, DIM, NORMED, PER_HEAD, EPS, BLOCK_QUERIES, BLOCK_HALF),
         )
@@ -285,20 +180,14 @@ def _turn_back(
         key_grad_ptr += row * KEYS * DIM
         joint_ptr += QUERIES * DIM
         back_ptr += QUERIES * DIM
-        _back_part(
+        turn_part_back(
             *(key_grad_ptr, joint_ptr, back_ptr, cos_ptr, sin_ptr, key_weight_ptr),
             *(KEYS, DIM, NORMED, PER_HEAD, EPS, BLOCK_KEYS, BLOCK_HALF),
         )
     else:
-        HALF: tl.constexpr = DIM // 2
-        heads = tl.arange(0, BLOCK_KEYS)[:, None]
-        dims = tl.arange(0, BLOCK_HALF)[None, :]
-        inside = (heads < KEYS) & (dims < HALF)
-        places = heads * DIM + dims
         value_grad_ptr += row * KEYS * DIM
         back_ptr += (QUERIES + KEYS) * DIM
-        low, high = _load_halves(value_grad_ptr, places, inside, HALF)
-        _store_halves(back_ptr, places, inside, low, high, HALF)
+        copy_part(value_grad_ptr, back_ptr, KEYS, DIM, BLOCK_KEYS, BLOCK_HALF)
 
 
 _launch_turn = Launcher(_turn, _turn_constants)
