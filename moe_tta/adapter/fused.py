@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from moe_tta.adapter.attention import fuse_attention
 from moe_tta.adapter.grouped import GroupedExperts
+from moe_tta.adapter.head import FusedHead
 from moe_tta.adapter.routing import AdaptedRouter
 from moe_tta.kernels.pairs import PLAIN, PairWork
 
@@ -54,6 +56,8 @@ def fuse(model: nn.Module) -> None:
                 setattr(parent, name, GroupedExperts(child, work))
             elif isinstance(child, AdaptedRouter) and on_gpu:
                 child.fuse()
+    fuse_attention(model)
+    model.lm_head = FusedHead(model.lm_head)
 
 
 def _triton_work() -> PairWork:

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from moe_tta.adapter.head import FusedHead
 from moe_tta.adapter.model import AdapterModel
 
 CHUNK = 256  # rows whose logits [CHUNK, V] exist at the same time
@@ -17,13 +18,17 @@ def token_nll(
 ) -> torch.Tensor:
     """Return -log P of each target in nats, [N] float32 or wider.
 
-    Logits are made for `CHUNK` rows at a time, forward and again backward.
+    Logits are made for `CHUNK` rows at a time, forward and again backward; by a fused
+    head once, for `head.CHUNK` rows.
 
     Args:
         model: The adapter.
         hidden: [N, H] after the last decoder layer, before the final norm.
         targets: [N] token ids.
     """
+    head = model.lm.lm_head
+    if isinstance(head, FusedHead):
+        return head.nll(model.lm.model.norm(hidden), targets)
 
     def chunk_nll(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         logits = model.lm.lm_head(model.lm.model.norm(rows))

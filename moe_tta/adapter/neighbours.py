@@ -35,28 +35,31 @@ class Neighbour(NamedTuple):
 
 
 class _Recorder:
-    """Keeps the keys and values of layers from `first` on; attention sees no change."""
+    """Copies the first `length` keys and values of layers from `first` on.
 
-    def __init__(self, first: int):
-        self.first = first
-        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    Attention sees no change. The copies keep nothing else of a pass alive, as views of
+    a joint product would.
+    """
+
+    def __init__(self, first: int, length: int):
+        self.first, self.length = first, length
+        self.kept: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if layer >= self.first:
-            self.kept[layer] = keys, values
+            self.kept[layer] = tuple(
+                part[:, :, : self.length].clone() for part in (keys, values)
+            )
         return keys, values
 
 
 class _Prefix:
     """Puts cached keys and values [N, heads, P, D] before those of a pass."""
 
-    def __init__(self, kept: dict[int, tuple[torch.Tensor, torch.Tensor]], length: int):
-        self._kept = {
-            layer: tuple(part[:, :, :length].clone() for part in pair)
-            for layer, pair in kept.items()
-        }
+    def __init__(self, kept: dict[int, tuple[torch.Tensor, ...]]):
+        self._kept = kept
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any
@@ -113,14 +116,14 @@ class NeighbourTail:
     def _fill_cache(self, texts: Contexts, length: int) -> torch.Tensor:
         """Run all texts once; return the hidden states before the lowest layer."""
         model, first = self.model, self.layers[0]
-        recorder = _Recorder(first)
+        recorder = _Recorder(first, length)
         hidden = model.embed(texts.tokens)
         window = attention_window(model.config)
         mask = causal_mask(hidden.shape[1], window, hidden.device)
         shared = model.shared(hidden, texts.positions, mask, recorder)
         below = model.run(hidden, range(first), shared, {})
         model.run(below, range(first, model.config.num_hidden_layers), shared, {})
-        self._prefix = _Prefix(recorder.kept, length)
+        self._prefix = _Prefix(recorder.kept)
         return below
 
     @property

@@ -26,6 +26,8 @@ CASES = (
     "kernels/triton_experts.py",
     "kernels/triton_topk.py",
     "adapter/triton_fused.py",
+    "kernels/triton_rope.py",
+    "kernels/triton_token_loss.py",
 )
 
 
