@@ -21,7 +21,7 @@ class Contexts(NamedTuple):
         sequences: Sequence[Sequence[int]],
         device: torch.device,
         starts: Sequence[int] | None = None,
-        multiple: int = 1,
+        length: int | None = None,
     ) -> Contexts:
         """Batch token ids; rows before a sequence's start keep the model's own rule.
 
@@ -29,11 +29,10 @@ class Contexts(NamedTuple):
             sequences: Token ids.
             device: Of the result.
             starts: First row of each that takes the vectors; 0 by default.
-            multiple: What T is rounded up to a multiple of.
+            length: T; by default that of the longest.
         """
         longest = max(len(sequence) for sequence in sequences)
-        padded = -(-longest // multiple) * multiple
-        tokens = torch.zeros(len(sequences), padded, dtype=torch.int64)
+        tokens = torch.zeros(len(sequences), length or longest, dtype=torch.int64)
         for row, sequence in zip(tokens, sequences, strict=True):
             row[: len(sequence)] = torch.tensor(sequence)
         lengths = torch.tensor([len(sequence) for sequence in sequences])

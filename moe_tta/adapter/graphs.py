@@ -8,8 +8,8 @@ it is launched as a whole whenever a text of that size comes again.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -17,8 +17,18 @@ Tensors = tuple[torch.Tensor, ...]
 # reads nothing that changes but its arguments, and waits for no value on the device
 Pass = Callable[..., Tensors]
 
+MOST_ROWS = 3072  # of more, products keep an H200 busy while Python launches others
 CAPACITY = 12  # graphs that are kept
-TAILS = 8  # about how many lowest layers differ
+
+
+class Size(NamedTuple):
+    """All that decides which kernels a pass runs."""
+
+    name: str
+    texts: int  # R
+    tokens: int  # T, with padding
+    first: int = 0  # layer that it begins with
+    recompute: bool = False
 
 
 class Captured(Protocol):
@@ -32,74 +42,78 @@ class Captured(Protocol):
 
 
 class Passes:
-    """Passes run as they are.
+    """Passes run as they are."""
 
-    Attributes:
-        multiple: What the length of texts is padded to a multiple of.
-    """
+    def length(self, texts: int, longest: int) -> int:
+        """Return T, what so many texts are padded to."""
+        return longest
 
-    multiple = 1
+    def lowest(self, texts: int, tokens: int, layer: int, layers: int) -> int:
+        """Return where a tail begins that shall reach down to `layer` of `layers`."""
+        return layer
 
-    def call(self, size: Hashable, run: Pass, inputs: Tensors) -> Tensors:
-        """Return what `run` gives for the inputs.
+    def call(self, size: Size, run: Pass, inputs: Tensors) -> Tensors:
+        """Return what `run` gives for the inputs; it holds until the next pass.
 
         Args:
-            size: All that decides which kernels run, shapes of the inputs included.
-            run: The pass; equal for equal sizes.
+            size: Of the pass.
+            run: The pass; the same for equal sizes.
             inputs: Its arguments.
-
-        Returns:
-            What holds until the next pass.
         """
         return run(*inputs)
 
-    def lowest(self, layer: int, count: int) -> int:
-        """Return where a tail begins that shall reach down to `layer` of `count`."""
-        return layer
-
 
 class Graphs(Passes):
-    """Passes by graphs; the first of a size runs as it is, to warm up.
+    """Passes by graphs where they are small; the first of a size warms up.
 
-    Sizes are rounded, so that they come again: texts to 64 tokens, tails to an eighth
-    of the layers.
+    Their sizes are rounded up, so that they come again: texts to 32 tokens, tails to
+    an eighth of the layers.
 
     Args:
         capture: Captures a pass with the shapes of its inputs.
         capacity: How many are kept; which was used longest ago goes first.
+        most_rows: Most rows, padding included, of a pass that is captured.
     """
-
-    multiple = 64
 
     def __init__(
         self,
         capture: Callable[[Pass, Tensors], Captured],
         capacity: int = CAPACITY,
+        most_rows: int = MOST_ROWS,
     ):
         self._capture, self._capacity = capture, capacity
+        self._most_rows = most_rows
         # `None` where a size was seen once
-        self._kept: OrderedDict[Hashable, Captured | None] = OrderedDict()
+        self._kept: OrderedDict[Size, Captured | None] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(captured is not None for captured in self._kept.values())
 
-    def call(self, size: Hashable, run: Pass, inputs: Tensors) -> Tensors:
+    def length(self, texts: int, longest: int) -> int:
+        """Return T, what so many texts are padded to."""
+        rounded = -(-longest // 32) * 32
+        return rounded if texts * rounded <= self._most_rows else longest
+
+    def lowest(self, texts: int, tokens: int, layer: int, layers: int) -> int:
+        """Return where a tail begins that shall reach down to `layer` of `layers`."""
+        small = texts * tokens <= self._most_rows
+        return layer - layer % max(1, layers // 8) if small else layer
+
+    def call(self, size: Size, run: Pass, inputs: Tensors) -> Tensors:
         """Do so by a graph, if one was captured.
 
         Raises:
             torch.OutOfMemoryError: all graphs are let go of.
         """
+        if size.texts * size.tokens > self._most_rows:
+            return run(*inputs)
         try:
             return self._call(size, run, inputs)
         except torch.OutOfMemoryError:
             self._kept.clear()
             raise
 
-    def lowest(self, layer: int, count: int) -> int:
-        """Return where a tail begins that shall reach down to `layer` of `count`."""
-        return layer - layer % max(1, count // TAILS)
-
-    def _call(self, size: Hashable, run: Pass, inputs: Tensors) -> Tensors:
+    def _call(self, size: Size, run: Pass, inputs: Tensors) -> Tensors:
         known = size in self._kept
         captured = self._kept.pop(size, None)
         if known and captured is None:

@@ -50,11 +50,12 @@ class RerouteJob:
         ]
         self._running = None
         if self._usable:
+            texts = [sequences[index] for index in self._usable]
             contexts = Contexts.of(
-                [sequences[index] for index in self._usable],
+                texts,
                 model.device,
                 None if starts is None else [starts[index] for index in self._usable],
-                model.passes.multiple,
+                model.passes.length(len(texts), max(map(len, texts))),
             )
             self._running = round_units(model, contexts, delta[self._usable], settings)
 

@@ -127,7 +127,7 @@ def round_units(
     surveyed = survey(model, contexts, delta)
     rates = layer_rates(model, surveyed, settings)
     lowest = int((rates > 0).any(dim=0).nonzero()[0])
-    lowest = model.passes.lowest(lowest, rates.shape[1])
+    lowest = model.passes.lowest(*contexts.tokens.shape, lowest, rates.shape[1])
     tail = Tail(
         model,
         contexts,

@@ -10,6 +10,7 @@ import torch
 from moe_tta.adapter.contexts import Contexts, causal_mask
 from moe_tta.adapter.descent import autograd_gradient
 from moe_tta.adapter.families import attention_window
+from moe_tta.adapter.graphs import Size
 from moe_tta.adapter.loss import token_nll
 from moe_tta.adapter.model import AdapterModel, Shared
 from moe_tta.adapter.routing import LayerEdit
@@ -56,7 +57,7 @@ def survey(model: AdapterModel, contexts: Contexts, delta: torch.Tensor) -> Surv
         *texts, vectors = tensors
         return _survey(model, Contexts(*texts), vectors)
 
-    size = ("survey", *contexts.tokens.shape)
+    size = Size("survey", *contexts.tokens.shape)
     uncertainty, *inputs = model.passes.call(size, run, (*contexts, delta))
     return Survey(inputs, uncertainty)
 
@@ -143,7 +144,7 @@ class Tail:
         def run(*tensors: torch.Tensor) -> tuple[torch.Tensor]:
             return (self._loss(*tensors),)
 
-        size = ("value", *self._size)
+        size = Size("value", *self._size)
         (losses,) = self._model.passes.call(size, run, (*self._inputs, delta))
         return losses.clone()
 
@@ -154,7 +155,7 @@ class Tail:
             *inputs, vectors = tensors
             return autograd_gradient(lambda leaf: self._loss(*inputs, leaf))(vectors)
 
-        size = ("gradient", *self._size)
+        size = Size("gradient", *self._size)
         losses, slope = self._model.passes.call(size, run, (*self._inputs, delta))
         return losses.clone(), slope.clone()
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moe_tta.adapter import AdapterModel, Rerouting
-from moe_tta.adapter.graphs import Graphs
+from moe_tta.adapter.graphs import Graphs, Size
 from moe_tta.adapter.job import reroute
 from tests.adapter.test_gradient import size
 
@@ -32,6 +32,9 @@ class Captures:
         return replay
 
 
+A, B, C = (Size("pass", 1, 32, first) for first in range(3))
+
+
 def double(x):
     return (2 * x,)
 
@@ -40,7 +43,7 @@ def test_a_size_is_captured_when_it_comes_again():
     captures = Captures()
     graphs = Graphs(captures, capacity=2)
     for value in (1.0, 2.0, 3.0):
-        (found,) = graphs.call("a", double, (torch.tensor(value),))
+        (found,) = graphs.call(A, double, (torch.tensor(value),))
         assert found == 2 * value
     assert (captures.made, captures.replayed, len(graphs)) == (1, 2, 1)
 
@@ -48,11 +51,11 @@ def test_a_size_is_captured_when_it_comes_again():
 def test_the_size_used_longest_ago_goes():
     captures = Captures()
     graphs = Graphs(captures, capacity=2)
-    for name in ("a", "a", "b", "b", "a", "c", "a"):
-        graphs.call(name, double, (torch.ones(2),))
-    assert captures.made == 2  # "c" took the place of "b", "a" stayed
-    graphs.call("b", double, (torch.ones(2),))
-    graphs.call("b", double, (torch.ones(2),))
+    for one in (A, A, B, B, A, C, A):
+        graphs.call(one, double, (torch.ones(2),))
+    assert captures.made == 2  # C took the place of B, A stayed
+    graphs.call(B, double, (torch.ones(2),))
+    graphs.call(B, double, (torch.ones(2),))
     assert captures.made == 3
 
 
@@ -63,9 +66,9 @@ def test_memory_that_runs_out_lets_go_of_all():
         raise torch.OutOfMemoryError("full")
 
     for _ in range(2):
-        graphs.call("a", double, (torch.ones(2),))
+        graphs.call(A, double, (torch.ones(2),))
     with pytest.raises(torch.OutOfMemoryError):
-        graphs.call("b", full, (torch.ones(2),))
+        graphs.call(B, full, (torch.ones(2),))
     assert len(graphs) == 0
 
 
@@ -73,7 +76,7 @@ def test_memory_that_runs_out_lets_go_of_all():
 def test_rounds_by_graphs_are_rounds(tiny_models, draw, optimizer):
     """Three rounds of one size on other texts, each as without graphs.
 
-    Texts are padded to 64 tokens with graphs, which moves float32's last bits.
+    With graphs texts are padded, which moves float32's last bits.
     """
     plain = AdapterModel.from_checkpoint(tiny_models("olmoe"))
     graphed = AdapterModel.from_checkpoint(tiny_models("olmoe"))
@@ -94,7 +97,17 @@ def test_rounds_by_graphs_are_rounds(tiny_models, draw, optimizer):
     assert captures.replayed > captures.made
 
 
+def test_large_passes_run_as_they_are():
+    captures = Captures()
+    graphs = Graphs(captures, most_rows=64)
+    for _ in range(3):
+        graphs.call(Size("pass", 2, 33), double, (torch.ones(2),))
+    assert captures.made == 0
+    assert [graphs.length(2, n) for n in (20, 32, 33, 40)] == [32, 32, 33, 40]
+    assert graphs.lowest(2, 33, 47, 48) == 47
+
+
 def test_tails_begin_at_rounded_layers():
     graphs = Graphs(Captures())
-    assert [graphs.lowest(layer, 48) for layer in (0, 5, 6, 47)] == [0, 0, 6, 42]
-    assert [graphs.lowest(layer, 4) for layer in range(4)] == [0, 1, 2, 3]
+    assert [graphs.lowest(1, 32, n, 48) for n in (0, 5, 6, 47)] == [0, 0, 6, 42]
+    assert [graphs.lowest(1, 32, n, 4) for n in range(4)] == [0, 1, 2, 3]
