@@ -13,7 +13,10 @@ import logging
 import pytest
 import torch
 
+from moe_tta.adapter.graphs import CudaCapture, Graphs, Passes
 from moe_tta.adapter.grouped import GroupedExperts
+from moe_tta.adapter.job import reroute
+from moe_tta.adapter.rerouting import Outcome, Rerouting
 from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
 from tests.gpu import adapter_checks as checks
 from tests.gpu.test_isolation import GRAPHS
@@ -110,3 +113,41 @@ def test_reordered_weights_are_refused(case, monkeypatch):
     monkeypatch.setattr(compat, "is_triton_experts", lambda experts: False)
     with pytest.raises(UnsupportedModelError, match=r"TritonExperts .*moe-backend"):
         llm.apply_model(lambda model: load_services(llm.llm_engine.vllm_config, model))
+
+
+class _Launched(Graphs):
+    """Sizes as with graphs, and no graph."""
+
+    def call(self, size, run, inputs):
+        return run(*inputs)
+
+
+def test_rounds_by_graphs_are_those_without(case, monkeypatch):
+    """Bit for bit: the same kernels on the same sizes, and no sum in another order."""
+    llm, dtype, *_ = case
+    adapter = checks.adapter_of(llm)
+    if dtype == "float32":
+        assert type(adapter.passes) is Passes
+        return
+    assert type(adapter.passes) is Graphs
+    monkeypatch.setattr(adapter, "passes", Graphs(CudaCapture()))
+    generator = torch.Generator().manual_seed(3)
+    shape = 2, len(adapter.shape.layers), adapter.shape.num_experts
+    for optimizer in ("adam", "spsa"):
+        settings = Rerouting(optimizer=optimizer, steps=3, lr=0.05, pairs=2)
+        for _ in range(4):  # warm, captured, replayed twice
+            texts = [
+                torch.randint(2, 256, (length,), generator=generator).tolist()
+                for length in (50, 61)
+            ]
+            start = 0.1 * torch.randn(shape, generator=generator)
+            found = reroute(adapter, texts, start, settings)
+            with monkeypatch.context() as patch:
+                patch.setattr(adapter, "passes", _Launched(CudaCapture()))
+                wanted = reroute(adapter, texts, start, settings)
+            for ours, theirs in zip(found, wanted, strict=True):
+                assert ours.outcome is theirs.outcome is Outcome.ADAPTED
+                assert ours.layers == theirs.layers
+                assert ours.losses == theirs.losses
+                assert torch.equal(ours.delta, theirs.delta)
+    assert len(adapter.passes) >= 4
