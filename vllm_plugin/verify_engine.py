@@ -17,6 +17,8 @@ from moe_tta.shape import RouterShape
 from moe_tta.vllm_plugin.model_shape import UnsupportedModelError
 
 MAX_MODEL_LEN = 384
+# so that it starts beside other engines, which vLLM's default share of a GPU forbids
+ON_GPU = {"kv_cache_memory_bytes": 4 << 30, "gpu_memory_utilization": 0.05}
 
 Request = dict[str, Any] | None
 
@@ -163,6 +165,7 @@ def start_engine(
         skip_tokenizer_init=True,
         seed=0,
         additional_config=settings,
+        **({} if on_cpu else ON_GPU),
     )
     admission = getattr(llm.llm_engine.input_processor, "moe_tta", None)
     if stock:
