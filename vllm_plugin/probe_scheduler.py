@@ -108,14 +108,6 @@ class ProbeScheduler(RoundScheduler):
             self.waiting.remove_request(request)
             self.kv_holding_waiting.prepend_request(request)
 
-    def _handle_blocked_waiting_request(self, request: Any) -> bool:
-        """Leave probes half of the places: their owners keep theirs and wait."""
-        ready = super()._handle_blocked_waiting_request(request)
-        if not ready or not self.rounds.probes(request.request_id):
-            return ready
-        owners = sum(self.rounds.probes(other.request_id) for other in self.running)
-        return owners < max(self.max_num_active_reqs // 2, 1)
-
     def _make_room(self) -> None:
         """Preempt one of those that wait for rounds, if nothing else can run.
 

@@ -47,11 +47,6 @@ class RoundQueue:
     def __len__(self) -> int:
         return len(self._of)
 
-    def probes(self, request_id: str) -> bool:
-        """Whether a request's rounds are done by probes."""
-        progress = self._of.get(request_id)
-        return progress is not None and progress.rounds.work.probes
-
     def add(self, request: Any, rounds: RequestRounds) -> None:
         """Remember a request and its rounds."""
         self._of[request.request_id] = Progress(request, rounds)
