@@ -39,11 +39,13 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
-def llm(tiny_models):
+def llm(tiny_models, tmp_path_factory):
     """An engine with an adapter: spsa does not ask it."""
-    settings = {"moe_tta": {"adapter": {"budget": 700}}}
-    options = {**EXACT, "additional_config": settings}
+    traces = tmp_path_factory.mktemp("traces")
+    settings = {"adapter": {"budget": 700}, "trace_dir": str(traces)}
+    options = {**EXACT, "additional_config": {"moe_tta": settings}}
     with engine(tiny_models("mixtral"), **options) as llm:
+        llm.traces = traces
         yield llm
 
 
@@ -136,6 +138,10 @@ def test_the_outside_hears_nothing(llm, monkeypatch):
     assert read == sum(map(len, prompts))
     asked = after["vllm:prefix_cache_queries"] - before["vllm:prefix_cache_queries"]
     assert asked == read
+    check_empty(llm)
+    traces = [path.name for path in llm.traces.iterdir()]
+    assert len(traces) >= 3
+    assert not any("probe" in name for name in traces)
 
 
 def test_probes_read_and_leave_no_cached_block(llm):

@@ -6,6 +6,7 @@ Three families, two of which the adapter cannot read; prompts are read in chunks
 
 import logging
 import random
+from statistics import median
 
 import pytest
 import torch
@@ -95,11 +96,15 @@ def test_probes_score_as_transformers(llm, shape, heard, family, tiny_models):
     own, theirs = [], []
     for probe in probes:
         want = exact.scores(probe.tokens, probe.bias)
-        own.append((rough.scores(probe.tokens, probe.bias) - want).abs().max())
-        theirs.append((probe.scores - want).abs().max())
-    log.info("worst token: replica %.2e, probes %.2e", max(own), max(theirs))
+        found = rough.scores(probe.tokens, probe.bias)
+        own.append(float((found - want).abs().max()))
+        theirs.append(float((probe.scores - want).abs().max()))
+    log.info("median error: replica %.2e, probes %.2e", median(own), median(theirs))
     rounding = 16 * EPS  # one rounding of logits up to 16
-    assert max(theirs) <= 2 * max(own) + rounding
+    assert max(median(own), median(theirs)) < 1e-5  # else the rest says little
+    # float32 itself may turn one token to another expert: then one probe says little
+    for ours, least in zip(theirs, own, strict=True):
+        assert ours <= 2 * max(least, median(own)) + rounding
 
 
 def test_vectors_and_reports_are_the_estimators(llm, shape, heard):
