@@ -44,19 +44,12 @@ def rounds(llm, **asked):
 
 def plain_losses(llm):
     """Return each prompt's loss as an ordinary request learns it."""
-    return [
-        -np.mean(
-            [
-                row[token].logprob
-                for row, token in zip(
-                    output.prompt_logprobs[1:], prompt[1:], strict=True
-                )
-            ]
-        )
-        for output, prompt in zip(
-            ask(llm, None, prompt_logprobs=0), PROMPTS, strict=True
-        )
-    ]
+    losses = []
+    found = ask(llm, None, prompt_logprobs=0)
+    for output, prompt in zip(found, PROMPTS, strict=True):
+        rows = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+        losses.append(-np.mean([row[token].logprob for row, token in rows]))
+    return losses
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
