@@ -2,18 +2,16 @@
 """Rounds by probes: as the adapter's own, unseen by others, and what goes wrong."""
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from moe_tta.adapter import AdapterModel, Outcome, Rerouting, reroute
 from moe_tta.adapter.contexts import Contexts
 from moe_tta.adapter.tail import Tail, survey
-from moe_tta.vllm_plugin import probe_jobs, probe_scheduler, round_limits
+from moe_tta.vllm_plugin import probe_jobs, probe_scheduler
 from moe_tta.vllm_plugin.probes import PROBE
 from tests.plugin.engine import engine, generate, outputs, sampling, status
 from tests.plugin.probed import Heard
@@ -248,30 +246,3 @@ def test_nothing_to_score(llm):
     rounds = output.outputs[0].moe_tta["rounds"]
     assert [r["outcome"] for r in rounds] == ["no token to score"] * 2
     assert outputs(output) == generate(llm, [[7]], [sampling(12)])[0]
-
-
-BAD = [
-    (name, value, rf"{name} or optimizer 'spsa', not both.*all MoE layers")
-    for name, value in (("choice", "hard"), ("share", 0.5), ("sign", 1))
-]
-
-
-@pytest.mark.parametrize(("name", "value", "words"), BAD)
-def test_what_spsa_cannot_do(llm, name, value, words):
-    asked = {"reroute": {"optimizer": "spsa", name: value}}
-    with pytest.raises(VLLMValidationError, match=words):
-        generate(llm, [PROMPT], [sampling(4, asked)])
-
-
-def test_engines_that_score_no_text():
-    def reason(mode="raw_logprobs", fast=False):
-        return round_limits.probe_reason(
-            SimpleNamespace(
-                model_config=SimpleNamespace(logprobs_mode=mode),
-                cache_config=SimpleNamespace(kv_sharing_fast_prefill=fast),
-            )
-        )
-
-    assert reason() is None
-    assert "this engine gives raw_logits" in reason("raw_logits")
-    assert "--kv-sharing-fast-prefill" in reason(fast=True)

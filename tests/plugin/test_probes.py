@@ -7,11 +7,13 @@ Three families, two of which the adapter cannot read; prompts are read in chunks
 import logging
 import random
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 
+from moe_tta.vllm_plugin import round_limits
 from tests.families import CASES
 from tests.plugin.engine import engine, generate, outputs, sampling, status
 from tests.plugin.probed import Heard, Replica, rerun
@@ -192,3 +194,30 @@ def test_text_too_long(llm):
     rounds = output.outputs[0].moe_tta["rounds"]
     assert [r["outcome"] for r in rounds] == ["adapted", "text too long"]
     assert status(llm)["jobs"] == 0
+
+
+BAD = [
+    (name, value, rf"{name} or optimizer 'spsa', not both.*all MoE layers")
+    for name, value in (("choice", "hard"), ("share", 0.5), ("sign", 1))
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), BAD)
+def test_what_spsa_cannot_do(llm, name, value, words):
+    asked = {"reroute": {"optimizer": "spsa", name: value}}
+    with pytest.raises(VLLMValidationError, match=words):
+        generate(llm, [[5, 6, 7]], [sampling(4, asked)])
+
+
+def test_engines_that_score_no_text():
+    def reason(mode="raw_logprobs", fast=False):
+        return round_limits.probe_reason(
+            SimpleNamespace(
+                model_config=SimpleNamespace(logprobs_mode=mode),
+                cache_config=SimpleNamespace(kv_sharing_fast_prefill=fast),
+            )
+        )
+
+    assert reason() is None
+    assert "this engine gives raw_logits" in reason("raw_logits")
+    assert "--kv-sharing-fast-prefill" in reason(fast=True)
