@@ -119,7 +119,7 @@ class ProbeScheduler(RoundScheduler):
         if not stuck or flying or not self.has_unfinished_requests():  # none if paused
             return
         for request in reversed(self.running):
-            if request.request_id not in self._probes:
+            if request.request_id in self.rounds:
                 self.running.remove(request)
                 self._preempt_request(request, time.monotonic())
                 return

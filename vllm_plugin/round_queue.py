@@ -47,6 +47,9 @@ class RoundQueue:
     def __len__(self) -> int:
         return len(self._of)
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._of
+
     def add(self, request: Any, rounds: RequestRounds) -> None:
         """Remember a request and its rounds."""
         self._of[request.request_id] = Progress(request, rounds)
