@@ -21,12 +21,15 @@ class Work:
     """What one round does, as the worker and the scheduler need to know it.
 
     Attributes:
-        service: Name of the worker's service that does it.
-        arguments: What the service takes, plain types.
+        service: Name of what does it: of the worker's service, or of the job that asks
+            the engine for losses.
+        arguments: What that takes, plain types.
         passes: Of each unit of the work, how many forward passes over the context it
             costs. A unit is what is never interrupted.
         extra_tokens: Tokens that a pass reads beside the context.
         together: Whether rounds of the same work can be done as one batch.
+        probes: Whether the engine itself does it, by requests of its own that score
+            the context under candidate plans, and not the worker between its steps.
     """
 
     service: str
@@ -34,6 +37,7 @@ class Work:
     passes: tuple[int, ...]
     extra_tokens: int = 0
     together: bool = False
+    probes: bool = False
 
     def cost(self, unit: int, context: int) -> int:
         """Return a unit's cost in tokens read."""

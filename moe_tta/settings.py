@@ -39,6 +39,9 @@ class AdapterSettings(BaseModel):
     """Whether and how much requests may be adapted while they run.
 
     Attributes:
+        gradients: Whether a model is loaded that takes gradients through the served
+            weights. Without one, `reroute` with `spsa` is all that is served, and any
+            model and set-up that plans work on will do.
         budget: Tokens that the adapter reads in each step of the engine, on average;
             a unit of its work is never cut.
         max_context: Longest text that it reads: its memory grows with it.
@@ -49,6 +52,7 @@ class AdapterSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    gradients: bool = True
     budget: Annotated[int, Field(ge=1)] = 2048
     max_context: Annotated[int, Field(ge=2)] = 4096
     batch_tokens: Annotated[int, Field(ge=0)] = 0

@@ -40,7 +40,8 @@ def load_services(vllm_config: Any, model: Any) -> dict[str, Service]:
         adapter = _load(vllm_config, model)
     except (AdapterError, StoreError) as err:
         raise UnsupportedModelError.because(
-            f"the setting adapter is on, and {str(err).rstrip('.')}; leave it out"
+            f"the setting adapter is on, and {str(err).rstrip('.')}; leave it out, or "
+            "set adapter.gradients to false, for reroute with optimizer 'spsa' alone"
         ) from err
     logger.info("moe-tta's adapter reads the model's weights on %s", adapter.device)
     return {name: make(adapter) for name, make in SERVICES.items()}

@@ -225,7 +225,9 @@ class Admission:
             ask = request_parts.second_stream(self.vllm_config, request, pair)
         rounds = None
         if compiled is not None and compiled.rounds is not None:
-            rounds = request_parts.rounds(self.settings.adapter, request, compiled)
+            rounds = request_parts.rounds(
+                self.vllm_config, self.settings.adapter, request, compiled
+            )
         params = request.sampling_params
         if params is None or compiled is None:
             return

@@ -8,17 +8,18 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
+from moe_tta.vllm_plugin.hidden import leave_out, leave_unsaid
 from moe_tta.vllm_plugin.lockstep import Lockstep
 from moe_tta.vllm_plugin.pair_metrics import PairCounts
 from moe_tta.vllm_plugin.pairs import Ask, make_follower
-from moe_tta.vllm_plugin.round_scheduler import RoundScheduler
+from moe_tta.vllm_plugin.probe_scheduler import ProbeScheduler
 
 
 @functools.cache
 def paired(scheduler_cls: type) -> type:
     """Return a subclass of a vLLM scheduler class that knows pairs and rounds."""
     name = f"Pair{scheduler_cls.__name__}"
-    kinds = (RoundScheduler, PairLifecycle, Lockstep, scheduler_cls)
+    kinds = (ProbeScheduler, PairLifecycle, Lockstep, scheduler_cls)
     return type(name, kinds, {"__module__": __name__})
 
 
@@ -92,9 +93,8 @@ class PairLifecycle:
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         result = super()._free_request(request, *args, **kwargs)
-        told = self.finished_req_ids_dict
-        if told is not None and self.pairs.follows(request.request_id):
-            told[request.client_index].discard(request.request_id)
+        if self.pairs.follows(request.request_id):
+            leave_unsaid(self, request)
         return result
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,18 +105,7 @@ class PairLifecycle:
         stats = super().make_stats(*args, **kwargs)
         if stats is None:
             return None
-        running = 0
-        for follower_id in self.pairs:
-            follower = self.requests.get(follower_id)
-            if follower is None:
-                continue
-            if follower.status == RequestStatus.RUNNING:
-                stats.num_running_reqs -= 1
-                running += 1
-            elif follower in self.deferred_waiting:
-                stats.num_skipped_waiting_reqs -= 1
-            else:
-                stats.num_waiting_reqs -= 1
+        running = leave_out(stats, self, self.pairs)
         if self._admitted_pairs:
             totals = self._admitted_pairs, self._preempted_pairs
             PairCounts(running, *totals).put(stats)

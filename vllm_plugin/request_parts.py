@@ -48,11 +48,15 @@ def second_stream(vllm_config: Any, request: Any, pair: CompiledPair) -> Ask:
 
 
 def rounds(
-    settings: AdapterSettings, request: Any, compiled: CompiledRequest
+    vllm_config: Any,
+    settings: AdapterSettings,
+    request: Any,
+    compiled: CompiledRequest,
 ) -> RequestRounds:
     """Return what a request says about its rounds.
 
     Args:
+        vllm_config: The engine's configuration.
         settings: The operator's.
         request: vLLM's engine request.
         compiled: What it asks for, rounds among it.
@@ -61,6 +65,8 @@ def rounds(
         VLLMValidationError: a request like this cannot have any.
     """
     reason = round_limits.request_reason(request, settings.max_context)
+    if reason is None and compiled.rounds.work.probes:
+        reason = round_limits.probe_reason(vllm_config)
     if reason is not None:
         raise compat.request_error(RequestError(reason, PARAMETER))
     end = compiled.prompt_tokens or prompt_len(request)

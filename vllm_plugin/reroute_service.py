@@ -43,10 +43,11 @@ class _Job:
         self._job.advance()
 
     def results(self) -> list[Result]:
-        return [_result(done) for done in self._job.result()]
+        return [as_result(done) for done in self._job.result()]
 
 
-def _result(done: Round) -> Result:
+def as_result(done: Round) -> Result:
+    """Return a round's vectors as the bias of a plan, its losses as JSON takes them."""
     edit = None
     if done.outcome is Outcome.ADAPTED:
         edit = PlanEdit({"bias": done.delta.cpu().numpy()})

@@ -26,6 +26,23 @@ def engine_reason(vllm_config: Any, enabled: bool) -> str | None:
     return scheduler_reason(scheduler.get_scheduler_cls())
 
 
+def probe_reason(vllm_config: Any) -> str | None:
+    """Say why an engine cannot score texts under plans; `None` if it can.
+
+    Args:
+        vllm_config: The engine's configuration.
+    """
+    mode = vllm_config.model_config.logprobs_mode
+    if mode in ("raw_logits", "processed_logits"):
+        return (
+            f"optimizer 'spsa' needs log-probabilities, and this engine gives {mode} "
+            "(--logprobs-mode)"
+        )
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        return "with --kv-sharing-fast-prefill this engine cannot score prompts"
+    return None
+
+
 def request_reason(request: Any, max_context: int) -> str | None:
     """Say why a request cannot be adapted; `None` if it can.
 

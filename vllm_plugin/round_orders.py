@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from moe_tta.plan_edit import PlanEdit
+
 ROUNDS = "moe_tta_rounds"  # key of a request's rounds in `extra_args`
 ORDERS = "moe_tta_orders"  # attribute of a step's `SchedulerOutput`
 REPORTS = "moe_tta_reports"  # attribute of a step's `ModelRunnerOutput`
@@ -44,4 +46,13 @@ class End(NamedTuple):
     start: int
 
 
-Order = Begin | Advance | End
+class Revise(NamedTuple):
+    """A round that the engine did itself is done: its edit holds from `start` on."""
+
+    request_id: str
+    prompt_len: int  # where the request's prompt ends for its plans
+    start: int
+    edit: PlanEdit
+
+
+Order = Begin | Advance | End | Revise

@@ -5,53 +5,29 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-from moe_tta.rounds import RequestRounds, Round
-from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Order, Reader
+from moe_tta.plan_edit import PlanEdit
+from moe_tta.rounds import RequestRounds
+from moe_tta.vllm_plugin.round_orders import (
+    Advance,
+    Begin,
+    End,
+    Order,
+    Revise,
+)
+from moe_tta.vllm_plugin.round_progress import Progress
 
 TOO_LONG = "text too long"  # outcome of the round that is no more done
-
-
-@dataclass(eq=False)
-class _Progress:
-    """How far a request's rounds have come.
-
-    Attributes:
-        request: vLLM's `Request`.
-        rounds: Its rounds.
-        number: Of the next round, or of the one that is due or running.
-        starts: First rows of the versions that exist.
-        handed: Rows 0 .. handed - 1 have been given to the worker at some time.
-        due: Whether the next round stands in the queue.
-        ended: Whether its text has become too long for another round.
-    """
-
-    request: Any
-    rounds: RequestRounds
-    number: int = 0
-    starts: list[int] = field(default_factory=list)
-    handed: int = 0
-    due: bool = False
-    ended: bool = False
-
-    @property
-    def next(self) -> Round | None:
-        return self.rounds.round(self.number)
-
-    @property
-    def awaited(self) -> int | None:
-        """The first row that must not be computed yet."""
-        found = self.next
-        return None if found is None else found.start
 
 
 class RoundQueue:
     """The rounds of all requests of a scheduler, first due, first served.
 
     One job runs at a time, so that the adapter's memory is that of one. It does the
-    first due round, and with it others that are due and ask for the same work.
+    first due round, and with it others that are due and ask for the same work. A round
+    that the engine does itself, by probes, has its turn like any other: then `probing`,
+    `pay` and `finish` are for the scheduler to ask, and the worker has no orders.
 
     Args:
         budget: Tokens of adapter work a step, on average.
@@ -62,17 +38,21 @@ class RoundQueue:
     def __init__(self, budget: int, batch_tokens: int = 0):
         self._budget, self._batch_tokens = budget, batch_tokens
         self._credit = 0
-        self._of: dict[str, _Progress] = {}
-        self._due: deque[_Progress] = deque()
-        self._job: list[_Progress] = []  # whose rounds the running job does
+        self._of: dict[str, Progress] = {}
+        self._due: deque[Progress] = deque()
+        self._job: list[Progress] = []  # whose rounds the running job does
         self._unit = 0  # units done of it
+        self._revised: list[Order] = []  # by rounds that probes did
 
     def __len__(self) -> int:
         return len(self._of)
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._of
+
     def add(self, request: Any, rounds: RequestRounds) -> None:
         """Remember a request and its rounds."""
-        self._of[request.request_id] = _Progress(request, rounds)
+        self._of[request.request_id] = Progress(request, rounds)
 
     def remove(self, request_id: str) -> None:
         """Forget a request; the worker drops its job when told that it ended."""
@@ -121,18 +101,48 @@ class RoundQueue:
         self._collect_due()
         if self._due:
             self._credit += self._budget
-        given: list[Order] = []
-        while self._due:
-            if self._unit == 0:
-                self._job = self._gather()
-            cost = self._cost()
-            if cost > self._credit and not idle:
+        given, self._revised = self._revised, []
+        while (turn := self._turn()) and not turn.rounds.work.probes:
+            if not self.pay(idle):
                 return given
             idle = False
-            self._credit = max(self._credit - cost, 0)
             given += self._do_unit()
-        self._credit = 0
+        if not self._due:
+            self._credit = 0
         return given
+
+    def pay(self, idle: bool) -> bool:
+        """Take the next unit's cost from the budget; `False` where that is too little.
+
+        Args:
+            idle: See `orders`.
+        """
+        cost = self._cost()
+        if cost > self._credit and not idle:
+            return False
+        self._credit = max(self._credit - cost, 0)
+        self._unit += 1
+        return True
+
+    def probing(self) -> Begin | None:
+        """Return the round in turn as one that begins, if it is done by probes."""
+        self._collect_due()
+        turn = self._turn()
+        return self._begin() if turn and turn.rounds.work.probes else None
+
+    def finish(self, edit: PlanEdit | None) -> int:
+        """End the round in turn, which probes did, and return its version's start.
+
+        Args:
+            edit: What was found; `None` keeps the version before.
+        """
+        [progress] = self._job
+        request_id, start = self._end(progress)
+        self._job, self._unit = [], 0
+        if edit is not None:
+            prompt_len = progress.rounds.prompt_len
+            self._revised.append(Revise(request_id, prompt_len, start, edit))
+        return start
 
     def ended(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield requests whose text has just become too long, each with a report."""
@@ -161,7 +171,12 @@ class RoundQueue:
                 progress.due = True
                 self._due.append(progress)
 
-    def _gather(self) -> list[_Progress]:
+    def _turn(self) -> Progress | None:
+        if self._due and self._unit == 0:
+            self._job = self._gather()
+        return self._job[0] if self._due else None
+
+    def _gather(self) -> list[Progress]:
         """Return whose rounds the next job does: first due, first served."""
         first, *others = self._due
         work, found, longest = first.rounds.work, [first], first.next.context
@@ -178,19 +193,21 @@ class RoundQueue:
         return len(self._job) * self._job[0].rounds.work.cost(self._unit, longest)
 
     def _do_unit(self) -> Iterator[Order]:
-        work = self._job[0].rounds.work
-        if self._unit == 0:
-            readers = tuple(map(_reader, self._job))
-            yield Begin(work.service, work.arguments, readers)
+        if self._unit == 1:
+            yield self._begin()
         yield Advance()
-        self._unit += 1
-        if self._unit < len(work.passes):
+        if self._unit < len(self._job[0].rounds.work.passes):
             return
         done, self._job, self._unit = self._job, [], 0
         for progress in done:
             yield self._end(progress)
 
-    def _end(self, progress: _Progress) -> End:
+    def _begin(self) -> Begin:
+        work = self._job[0].rounds.work
+        readers = tuple(progress.reader() for progress in self._job)
+        return Begin(work.service, work.arguments, readers)
+
+    def _end(self, progress: Progress) -> End:
         context, start = progress.next
         if start is None:
             start = max(progress.handed, context - 1)
@@ -199,11 +216,3 @@ class RoundQueue:
         progress.number += 1
         progress.due = False
         return End(progress.request.request_id, start)
-
-
-def _reader(progress: _Progress) -> Reader:
-    request = progress.request
-    tokens = list(request.all_token_ids[: progress.next.context])
-    return Reader(
-        request.request_id, progress.number, tokens, progress.rounds.prompt_len
-    )

@@ -10,9 +10,16 @@ from typing import Any
 
 from moe_tta.plan_edit import PlanEdit
 from moe_tta.vllm_plugin import compat
-from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Order, Reader
+from moe_tta.vllm_plugin.round_orders import (
+    Advance,
+    Begin,
+    End,
+    Order,
+    Reader,
+    Revise,
+)
 from moe_tta.vllm_plugin.rows import PlannedRequest
-from moe_tta.vllm_plugin.services import Job, Result, Service, Text
+from moe_tta.vllm_plugin.services import Job, Result, Service, Text, report
 from moe_tta.vllm_plugin.versions import Version, VersionedRequest, unplanned
 
 logger = compat.get_logger(__name__)
@@ -52,6 +59,7 @@ class RoundWorker:
             Begin: self._begin,
             Advance: self._advance,
             End: self._end,
+            Revise: self._revise,
         }
 
     @property
@@ -111,16 +119,9 @@ class RoundWorker:
             version = Version(order.start, result.edit)
             self._add_version(order.request_id, reader.prompt_len, version)
         share = running.seconds / len(running.begun.readers)
-        report = {
-            "service": running.begun.service,
-            "round": reader.number,
-            "context": len(reader.tokens),
-            "start": order.start,
-            "outcome": result.outcome,
-            "milliseconds": round(1e3 * share, 3),
-            **result.facts,
-        }
-        self._reports.append((order.request_id, report))
+        service = running.begun.service
+        told = report(service, reader, order.start, result, share)
+        self._reports.append((order.request_id, told))
         self._forget(order.request_id)
 
     def _take_results(self, running: _Running) -> dict[str, Result]:
@@ -130,6 +131,10 @@ class RoundWorker:
             found = self._guarded(running, running.job.results)
         names = (reader.request_id for reader in running.begun.readers)
         return {} if found is None else dict(zip(names, found, strict=True))
+
+    def _revise(self, order: Revise) -> None:
+        version = Version(order.start, order.edit)
+        self._add_version(order.request_id, order.prompt_len, version)
 
     def _add_version(self, request_id: str, prompt_len: int, version: Version) -> None:
         current = self._requests.get(request_id)

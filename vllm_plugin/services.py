@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from moe_tta.plan_edit import PlanEdit
+from moe_tta.vllm_plugin.round_orders import Reader
 
 
 class Result(NamedTuple):
@@ -29,6 +30,29 @@ class Result(NamedTuple):
     outcome: str
     edit: PlanEdit | None
     facts: dict[str, Any]
+
+
+def report(
+    service: str, reader: Reader, start: int, result: Result, seconds: float
+) -> dict[str, Any]:
+    """Return what a request is told of a round, plain types.
+
+    Args:
+        service: Of its work.
+        reader: The round, and what it read.
+        start: First row of its version.
+        result: What was found.
+        seconds: How long it took.
+    """
+    return {
+        "service": service,
+        "round": reader.number,
+        "context": len(reader.tokens),
+        "start": start,
+        "outcome": result.outcome,
+        "milliseconds": round(1e3 * seconds, 3),
+        **result.facts,
+    }
 
 
 class Text(NamedTuple):

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from moe_tta.vllm_plugin import compat
+from moe_tta.vllm_plugin.probes import PROBE
 
 logger = compat.get_logger(__name__)
 
@@ -82,7 +83,7 @@ class TraceRecorder:
         self._file_step()
         for req_id in req_ids:
             rows = self._rows.pop(req_id, None)
-            if rows:
+            if rows and PROBE not in req_id:  # the engine's own, which nobody asked for
                 self._write(req_id, rows)
 
     def _write(self, req_id: str, rows: list[tuple[np.ndarray, ...]]) -> None:

@@ -203,11 +203,14 @@ class WorkerState:
         Raises:
             UnsupportedModelError: it cannot work on this model or set-up.
         """
-        if read_settings(self.vllm_config).adapter is None or self.rows is None:
+        adapter = read_settings(self.vllm_config).adapter
+        if adapter is None or self.rows is None:
             return
-        from moe_tta.vllm_plugin.adapter_loading import load_services
+        services = {}
+        if adapter.gradients:
+            from moe_tta.vllm_plugin.adapter_loading import load_services
 
-        services = load_services(self.vllm_config, model)
+            services = load_services(self.vllm_config, model)
         self.rounds = RoundWorker(services, self.requests)
 
     def obey(self, scheduler_output: Any) -> None:

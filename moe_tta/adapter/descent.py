@@ -46,6 +46,61 @@ def autograd_gradient(loss: Callable[[torch.Tensor], torch.Tensor]) -> Gradient:
     return gradient
 
 
+class Walk:
+    """A descent between two of its steps. Use it under `torch.no_grad`.
+
+    A layer's rate scales its *step*: Adam would divide a scaled gradient by its own
+    scale again.
+
+    Args:
+        start: [R, L, E] f32.
+        rates: [R, L] f32; 0 leaves a layer as it is.
+        optimizer: A name of `OPTIMIZERS`.
+        lr: Learning rate, logits a step for Adam.
+        clip: Largest |entry| of the vectors, in logits.
+
+    Attributes:
+        delta: [R, L, E], where it stands.
+    """
+
+    def __init__(
+        self,
+        start: torch.Tensor,
+        rates: torch.Tensor,
+        optimizer: str,
+        lr: float,
+        clip: float,
+    ):
+        self._start, self._rates, self._clip = start, rates[:, :, None], clip
+        self.delta = start.clone()
+        self._rule = OPTIMIZERS[optimizer]([self.delta], lr=lr)
+        self._finite = torch.ones(len(start), dtype=torch.bool, device=start.device)
+        self._losses: list[torch.Tensor] = []
+
+    def step(self, losses: torch.Tensor, slope: torch.Tensor) -> None:
+        """Take a step, held within `clip` of zero, entry by entry.
+
+        Args:
+            losses: [R], at `delta`.
+            slope: [R, L, E], the gradient there.
+        """
+        self._finite &= losses.isfinite() & slope.isfinite().flatten(1).all(dim=1)
+        self._losses.append(losses)
+        before, rates = self.delta.clone(), self._rates
+        going = self._finite[:, None, None] & (rates > 0)
+        self.delta.grad = torch.where(going, slope, 0.0)
+        self._rule.step()
+        moved = before + rates * (self.delta - before)
+        moved = moved.clamp(-self._clip, self._clip)
+        self.delta.copy_(torch.where(going, moved, before))
+
+    def end(self, losses: torch.Tensor) -> Descent:
+        """Return the result, given the losses [R] at `delta`."""
+        finite = self._finite & losses.isfinite()
+        delta = torch.where(finite[:, None, None], self.delta, self._start)
+        return Descent(delta, torch.stack([*self._losses, losses], dim=1), finite)
+
+
 def descent_steps(
     gradient: Gradient,
     loss: Callable[[torch.Tensor], torch.Tensor],
@@ -56,44 +111,25 @@ def descent_steps(
     steps: int,
     clip: float,
 ) -> Generator[None, None, Descent]:
-    """Take `steps` steps, each held within `clip` of zero, entry by entry.
+    """Take `steps` steps of a `Walk`; pauses after each of them.
 
-    Pauses after each of them; the last loss comes with the result. Run it under
-    `torch.no_grad`.
-
-    A layer's rate scales its *step*: Adam would divide a scaled gradient by its own
-    scale again.
+    The last loss comes with the result. Run it under `torch.no_grad`.
 
     Args:
         gradient: At the current vectors.
         loss: Without gradients, for the last value.
-        start: [R, L, E] f32.
-        rates: [R, L] f32; 0 leaves a layer as it is.
-        optimizer: A name of `OPTIMIZERS`.
-        lr: Learning rate, logits a step for Adam.
+        start: As the rest, `Walk`'s.
+        rates: See there.
+        optimizer: See there.
+        lr: See there.
         steps: How many.
-        clip: Largest |entry| of the vectors, in logits.
+        clip: See there.
     """
-    delta = start.clone()
-    rates = rates[:, :, None]
-    rule = OPTIMIZERS[optimizer]([delta], lr=lr)
-    finite = torch.ones(len(delta), dtype=torch.bool, device=delta.device)
-    losses = []
+    walk = Walk(start, rates, optimizer, lr, clip)
     for _ in range(steps):
-        values, slope = gradient(delta)
-        finite &= values.isfinite() & slope.isfinite().flatten(1).all(dim=1)
-        losses.append(values)
-        before = delta.clone()
-        going = finite[:, None, None] & (rates > 0)
-        delta.grad = torch.where(going, slope, 0.0)
-        rule.step()
-        moved = (before + rates * (delta - before)).clamp(-clip, clip)
-        delta.copy_(torch.where(going, moved, before))
+        walk.step(*gradient(walk.delta))
         yield
-    losses.append(loss(delta))
-    finite &= losses[-1].isfinite()
-    delta = torch.where(finite[:, None, None], delta, start)
-    return Descent(delta, torch.stack(losses, dim=1), finite)
+    return walk.end(loss(walk.delta))
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def family_of(config: Any) -> Family:
     if getattr(config, "quantization_config", None):
         raise AdapterError(
             "the adapter cannot take gradients through quantised weights; serve the "
-            "unquantised checkpoint, or use the zeroth-order estimator (spsa)"
+            "unquantised checkpoint"
         )
     _refuse_other_values(config)
     return FAMILIES[config.model_type]

@@ -38,6 +38,16 @@ def test_rounds_are_run_reported_and_counted(server, client):
     assert held(server)["jobs"] == 0
 
 
+def test_spsa_goes_through_the_engine(server, client):
+    spsa = {"every": 8, "steps": 1, "lr": 10, "optimizer": "spsa"}
+    body = moe_tta.request(reroute=spsa).extra_body
+    adapted = complete(client, body)
+    [completion] = rounds(server, adapted.id)
+    assert [report["outcome"] for report in completion["rounds"]] == ["adapted"] * 3
+    assert all(len(report["losses"]) == 2 for report in completion["rounds"])
+    assert complete(client, body).choices[0].text == adapted.choices[0].text
+
+
 def test_streams_and_completions(server, client):
     text = complete(client, REROUTE, max_tokens=10).choices[0].text
     stream = list(complete(client, REROUTE, max_tokens=10, stream=True))

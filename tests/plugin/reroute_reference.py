@@ -2,6 +2,7 @@
 """Online rerouting as a plain loop: adapt, then decode with a plan for every row."""
 
 import bisect
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from moe_tta.plan import RoutingPlan, merge
 from moe_tta.replica import routed_rows
 from moe_tta.spec import parse
 from moe_tta.strategies import PlanContext
-from moe_tta.strategies.rounds import RoundParams
 from tests.plugin.contrast_reference import load
 
 
@@ -39,8 +39,8 @@ class Loop:
         """
         spec = parse(request, presets={})
         params = spec.rounds.params
-        own = compile_request(spec, PlanContext(self.shape)).plans
-        settings = Rerouting(**params.model_dump(exclude=set(RoundParams.model_fields)))
+        compiled = compile_request(spec, PlanContext(self.shape))
+        own, settings = compiled.plans, Rerouting(**compiled.rounds.work.arguments)
         delta = torch.zeros(len(self.shape.layers), self.shape.num_experts)
         text, begins, vectors, done = list(prompt), [0], [delta], 0
         self.leads = []
@@ -48,6 +48,7 @@ class Loop:
             due = len(prompt) + done * params.every
             if len(text) == due and (params.every or not done):
                 # a plan has no say in the adapter: its vectors are the model's own
+                settings = replace(settings, seed=done)  # read by spsa alone
                 [found] = reroute(self.adapter, [text], vectors[-1][None], settings)
                 assert found.outcome is Outcome.ADAPTED
                 vectors.append(found.delta.cpu())

@@ -3,7 +3,21 @@
 
 from collections import defaultdict
 
-from moe_tta.vllm_plugin.round_orders import ORDERS, ROUNDS, Advance, Begin, End
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsTensors
+
+from moe_tta.plan_edit import PlanEdit
+from moe_tta.vllm_plugin.probes import PROBE
+from moe_tta.vllm_plugin.round_orders import (
+    ORDERS,
+    ROUNDS,
+    Advance,
+    Begin,
+    End,
+    Revise,
+)
+from moe_tta.vllm_plugin.services import Result
 from tests.plugin.pair_world import Worker, WorkerV2, World, digest
 
 MAX_VERSIONS = 2  # of one chunk, which bounds the plans of a step
@@ -20,6 +34,7 @@ class Rounds:
         super().__init__(*args)
         self.rounds, self.starts, self.batches = {}, defaultdict(list), []
         self.job, self.units, self.cost = {}, 0, []  # readers by request id
+        self.probes = 0  # that were read to their end
         # (request, position) -> version under which the row was computed first
         self.obeyed = {}
 
@@ -35,6 +50,12 @@ class Rounds:
                 spent += self._advance()
             elif isinstance(order, End):
                 self._end(order)
+            elif isinstance(order, Revise):
+                self._revise(order)
+        for new in output.scheduled_new_reqs:
+            if PROBE in new.req_id:
+                self.texts[new.req_id] = list(new.prompt_token_ids)
+                self.salts[new.req_id] = None
         self.cost.append((spent, bool(output.num_scheduled_tokens)))
         return super().run(output)
 
@@ -67,11 +88,32 @@ class Rounds:
         assert order.start >= found.context - 1
         self.starts[order.request_id].append(order.start)
 
+    def _revise(self, order):
+        rounds = self.rounds[order.request_id]
+        assert rounds.work.probes
+        found = rounds.round(len(self.starts[order.request_id]))
+        assert order.start == (order.start if found.start is None else found.start)
+        assert order.start >= found.context - 1
+        self.starts[order.request_id].append(order.start)
+
+    def _sample(self, counts, starts):
+        output = super()._sample(counts, starts)
+        for req_id, tokens in zip(counts, output.sampled_token_ids, strict=True):
+            if PROBE in req_id and tokens:
+                scores = torch.full((len(self.texts[req_id]) - 2, 1), -1.0)
+                output.prompt_logprobs_dict[req_id] = LogprobsTensors(
+                    torch.zeros_like(scores), scores, scores[:, 0]
+                )
+                self.probes += 1
+        return output
+
     def version(self, req_id, position):
         return sum(start <= position for start in self.starts[req_id])
 
     def _keys(self, req_id, end):
         rounds, key = self.rounds.get(req_id), digest(self.salts[req_id])
+        if PROBE in req_id:  # its rows obey a plan of its own
+            key = digest(key, req_id)
         for position, token in enumerate(self.texts[req_id][:end]):
             key = digest(key, token)
             version = rounds and self.version(req_id, position)
@@ -104,6 +146,16 @@ class RoundWorkerV2(Rounds, WorkerV2):
     pass
 
 
+def pretended(text, shape, number, arguments):
+    """Ask as often as the work says, and check that each probe answers for the text."""
+    edit = PlanEdit({"bias": np.ones((1, 2), np.float32)})
+    assert (text.edit is None) == (number == 0)
+    for count in arguments["probes"]:
+        scores = yield [edit] * count
+        assert [len(found) for found in scores] == [len(text.tokens) - 1] * count
+    return Result("adapted", edit, {})
+
+
 class RoundWorld(World):
     """A world whose requests may ask for rounds."""
 
@@ -113,6 +165,7 @@ class RoundWorld(World):
         self.worker = (
             RoundWorkerV2(block_size, max_num_reqs) if v2 else RoundWorker(block_size)
         )
+        self.scheduler._jobs = {"pretended": pretended}
 
     def add(self, request_id, rounds=None, **asked):
         if rounds is not None:

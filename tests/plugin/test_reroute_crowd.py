@@ -37,7 +37,8 @@ def draw_job(rng, shape, prefixes):
     prompt = rng.choice(prefixes) + random_prompt(rng, [[]])
     if kind < 0.5:
         every, mode = rng.choice([0, 8, 8, 16]), rng.choice(["wait", "wait", "overlap"])
-        rounds = {"every": every, "mode": mode, "steps": 1, "lr": 0.5, "share": 0.3}
+        how = rng.choice([{"share": 0.3}, {"optimizer": "spsa", "layers": [1, 3]}])
+        rounds = {"every": every, "mode": mode, "steps": 1, "lr": 0.5, **how}
         request = {**(request or {}), "reroute": rounds}
         prompt = prompt[:90]
     elif kind < 0.6:
@@ -60,6 +61,8 @@ def check_empty(llm):
     assert scheduler.requests == {}
     assert len(scheduler.rounds) == 0
     assert not scheduler.rounds._due
+    assert not scheduler._probes
+    assert not scheduler._edits
     assert not scheduler._reports
     assert not scheduler.running
     assert not scheduler.waiting

@@ -93,7 +93,7 @@ def test_refused_where_the_operator_did_not_ask_for_it():
 def test_settings_name_what_is_wrong():
     with pytest.raises(SettingsError, match=r"adapter\.budget"):
         EngineSettings.read({"adapter": {"budget": 0}})
-    with pytest.raises(SettingsError, match="known: batch_tokens, budget, max_context"):
+    with pytest.raises(SettingsError, match="known: batch_tokens, budget, gradients"):
         EngineSettings.read({"adapter": {"bugdet": 5}})
 
 

@@ -2,6 +2,7 @@
 """Random worlds: rows wait for their versions, and blocks keep them apart."""
 
 import random
+from functools import partial
 
 import pytest
 
@@ -29,7 +30,15 @@ def draw_schedule(rng, prompt_len):
     return Schedule(rng.choice([0, 2, 3, 8]), rng.choice(["wait", "wait", "overlap"]))
 
 
-def draw_adapted(rng, longest, prefixes):
+def draw_work(rng, probes):
+    passes = tuple(rng.choice([1, 2]) for _ in range(rng.randrange(1, 4)))
+    if not probes:
+        extra = rng.choice([0, 5])
+        return Work("pretended", {"x": 1}, passes, extra, together=True)
+    return Work("pretended", {"probes": passes}, passes, probes=True)
+
+
+def draw_adapted(rng, longest, prefixes, probes=0.0):
     """Return a request as `draw` does, half of those without a partner with rounds.
 
     `prompt_tokens` may end the prompt earlier for the plans: then rows of several
@@ -41,8 +50,7 @@ def draw_adapted(rng, longest, prefixes):
     if asked["pair"] is None and rng.random() < 0.7:
         length = len(asked["prompt"])
         prompt_len = rng.choice([length, length, rng.randrange(1, length + 1)])
-        passes = tuple(rng.choice([1, 2]) for _ in range(rng.randrange(1, 4)))
-        work = Work("pretended", {"x": 1}, passes, rng.choice([0, 5]), together=True)
+        work = draw_work(rng, probes and rng.random() < probes)
         schedule = draw_schedule(rng, prompt_len)
         asked["rounds"] = RequestRounds(work, schedule, prompt_len, longest - 4)
     return asked
@@ -78,6 +86,43 @@ def test_random_worlds(tiny_models, count, batch_tokens, depth, v2):
     assert (batched > count) == (batch_tokens > 0)
     assert recomputed > count
     assert rounds > 10 * count
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("depth", [1, 2], ids=["plain", "async"])
+def test_random_worlds_of_probes(tiny_models, depth, v2):
+    """Most rounds are done by probes, some by the adapter, in caches for one text."""
+    count, rounds, probes, preempted, made_room = 40, 0, 0, 0, 0
+    for seed in range(count):
+        rng = random.Random(seed)
+        model = tiny_models("mixtral")
+        world, longest = make_world(rng, model, depth, v2, RoundWorld, **options(0))
+        scheduler = world.scheduler
+        preempt, make_room = scheduler._preempt_request, scheduler._make_room
+
+        def counted(request, *args, world=world, preempt=preempt, **kwargs):
+            nonlocal preempted
+            preempted += request.request_id in world.scheduler._probes
+            return preempt(request, *args, **kwargs)
+
+        def counted_room(world=world, make_room=make_room):
+            nonlocal made_room
+            before = len(world.scheduler.running)
+            make_room()
+            made_room += before - len(world.scheduler.running)
+
+        scheduler._preempt_request = counted
+        scheduler._make_room = counted_room
+        todo = live(rng, world, longest, partial(draw_adapted, probes=0.8))
+        check_texts(world, todo, seed)
+        rounds += check_rounds(world, todo, seed)
+        check_empty(world)
+        assert not scheduler._probes
+        assert not scheduler._edits
+        assert scheduler._round is None
+        probes += world.worker.probes
+    assert probes > rounds > 10 * count
+    assert min(preempted, made_room) > count
 
 
 def check_texts(world, todo, seed):

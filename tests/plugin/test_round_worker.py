@@ -4,7 +4,7 @@
 import numpy as np
 
 from moe_tta.plan_edit import PlanEdit
-from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Reader
+from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Reader, Revise
 from moe_tta.vllm_plugin.round_worker import RoundWorker
 from moe_tta.vllm_plugin.services import Result
 
@@ -70,6 +70,19 @@ def test_a_job_that_fails_is_told_to_all():
     assert outcomes(worker) == {"a": "failed", "b": "failed"}
     assert requests == {}
     assert worker.jobs == ()
+
+
+def test_what_probes_found_is_taken_over():
+    """Also for a request that was never scheduled; the next job goes on from it."""
+    service, requests = Pretended(), {}
+    worker = RoundWorker({"pretended": service}, requests)
+    worker.obey([Revise("a", 3, 2, edit_of(5)), Revise("a", 3, 9, edit_of(7))], [])
+    names = [name for _, _, name in requests["a"].runs(0, 12)]
+    assert [first for first, _, _ in requests["a"].runs(0, 12)] == [2, 3, 9]
+    assert names[0] == names[1] != names[2]
+    assert worker.take_reports() == []
+    worker.obey([begin("a")], [])
+    assert service.begun == [[(ord("a"), requests["a"].edit)]]
 
 
 def test_a_batch_shares_its_time():

@@ -13,10 +13,11 @@ from moe_tta.errors import RequestError
 from moe_tta.plan import RoutingPlan
 from moe_tta.plan_edit import PlanEdit
 from moe_tta.rounds import RequestRounds, Round, Schedule, Work
+from moe_tta.settings import AdapterSettings
 from moe_tta.shape import RouterShape
 from moe_tta.spec import parse
 from moe_tta.strategies import PlanContext
-from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Reader
+from moe_tta.vllm_plugin.round_orders import Advance, Begin, End, Reader, Revise
 from moe_tta.vllm_plugin.round_queue import RoundQueue
 from moe_tta.vllm_plugin.rows import PlannedRequest
 from moe_tta.vllm_plugin.versions import Version, VersionedRequest, unplanned
@@ -69,11 +70,27 @@ def test_what_a_request_asks_for():
     assert asked.work.arguments["layers"] == (1, 3)
     assert asked.work.cost(1, 50) == 100
     assert asked.work.together
-    drawn = compiled({"reroute": {"optimizer": "spsa"}}).rounds
+    assert not asked.work.probes
+    drawn = compiled({"reroute": {"optimizer": "spsa", "steps": 2}}).rounds
+    assert drawn.work.probes
     assert not drawn.work.together
+    assert drawn.work.passes == (8, 8, 1)  # four pairs a step, then the last loss
+    assert drawn.work.arguments["layers"] == (1, 2, 3)
+    named = compiled({"reroute": {"optimizer": "spsa", "layers": [2]}}).rounds
+    assert named.work.arguments["layers"] == (2,)
     assert compiled({"dynamic_k": {"k": 1}}).rounds is None
     with pytest.raises(RequestError, match=r"layers\[0\].*1-3.*got 0"):
         compiled({"reroute": {"layers": [0]}})
+
+
+def test_without_gradients_spsa_alone_is_served():
+    context = PlanContext(SHAPE, adapter=AdapterSettings(gradients=False))
+    for asked in ({}, {"optimizer": "sgd"}):
+        with pytest.raises(RequestError, match="expected 'spsa'") as error:
+            compile_request(parse({"reroute": asked}, presets={}), context)
+        assert error.value.parameter == "moe_tta.reroute.optimizer"
+    spec = parse({"reroute": {"optimizer": "spsa"}}, presets={})
+    assert compile_request(spec, context).rounds.work.probes
 
 
 def ones(value=1.0):
@@ -165,6 +182,29 @@ def test_the_queue_spends_its_budget_in_turn():
     assert queue.orders(idle=True) == [Advance()]
     assert queue.orders(idle=True) == [Advance(), End("b", 9)]
     assert queue.orders(idle=True) == []
+
+
+def test_probes_have_their_turn_in_the_same_queue():
+    queue = RoundQueue(budget=15)
+    probed = Work("reroute", {"steps": 1}, (2, 1), probes=True)
+    queue.add(*asking("a", 10, Schedule(0), 10))
+    queue.add(*asking("b", 10, Schedule(0, "overlap"), 10, probed))
+    queue.add(*asking("c", 10, Schedule(0), 10))
+    assert queue.probing() is None
+    while not any(isinstance(order, End) for order in queue.orders(idle=True)):
+        pass
+    [reader] = queue.probing().readers
+    assert (reader.request_id, reader.tokens) == ("b", list(range(10)))
+    assert not queue.pay(idle=False)  # 20 of what is left of 15
+    assert queue.orders(idle=True) == []  # c waits for its turn
+    assert queue.pay(idle=False)
+    assert queue.pay(idle=True)
+    edit = PlanEdit({"bias": ones()})
+    assert queue.finish(edit) == 9
+    assert queue.probing() is None
+    revise, begin, *_ = queue.orders(idle=True)
+    assert revise == Revise("b", 10, 9, edit)
+    assert begin.readers[0].request_id == "c"
 
 
 def readers_of(orders):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """remix without an engine: its plans, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from moe_tta.deferred import DeferredRequest, compile_or_defer
 from moe_tta.errors import RequestError
 from moe_tta.remix.errors import StoreError
 from moe_tta.remix.updates import confidence
+from moe_tta.settings import AdapterSettings
 from moe_tta.spec import parse
 from moe_tta.strategies import PlanContext, Prompt
 from tests.remix.making import DIM, SHAPE, made_store, random_pathways, served
@@ -242,3 +245,12 @@ def test_given_distributions_are_inline_edits():
     assert spec.members["remix"].inline_edits() == ("distribution",)
     spec = parse({"remix": {"store": "a", "vector": [1]}}, presets={})
     assert spec.members["remix"].inline_edits() == ()
+
+
+@pytest.mark.parametrize("update", ["ngd", "search_alpha"])
+def test_searches_need_gradients(context, update):
+    without = replace(context, adapter=AdapterSettings(gradients=False))
+    words = f"expected 'kernel_regression', got '{update}'.*takes no gradients"
+    with pytest.raises(RequestError, match=words) as error:
+        compiled(without, store="solved", update=update)
+    assert error.value.parameter == "moe_tta.remix.update"

@@ -48,6 +48,13 @@ def check(params: RemixParams, context: PlanContext) -> None:
             "update",
             params.update,
         )
+    if params.in_rounds() and context.adapter and not context.adapter.gradients:
+        raise RequestError(
+            f"expected 'kernel_regression', got {params.update!r}; this engine takes "
+            "no gradients (its operator set adapter.gradients to false)",
+            "update",
+            params.update,
+        )
     most = min(MAX_NEIGHBOURS, len(served.store))
     if params.k is not None and params.k > most:
         raise RequestError(f"expected 1..{most}, got {params.k}", "k", params.k)

@@ -25,11 +25,13 @@ class RerouteParams(RoundParams):
     Attributes:
         steps: Of each round, 1..`MAX_STEPS`.
         lr: Learning rate, in logits a step for Adam; 0 changes nothing.
-        optimizer: `adam`, `sgd`, or `spsa`, which estimates gradients from losses.
+        optimizer: `adam`, `sgd`, or `spsa`, which estimates gradients from losses that
+            the engine itself takes: for any model, also cut or quantised.
         choice: `hard` adapts a share of the layers, `soft` all of them by weight.
         share: Of the layers, for `hard`; more than 0, at most 1.
         sign: 1 prefers layers whose routers are unsure, -1 those that are sure.
-        layers: Decoder layers to adapt instead of a choice.
+        layers: Decoder layers to adapt instead of a choice. With `spsa`, which sees
+            no router, there is no choice: these, or all.
         clip: Largest |entry| of the vectors, in logits, up to `MAX_CLIP`.
         skip: Tokens at the head of the text that are context only.
     """
@@ -53,5 +55,12 @@ class RerouteParams(RoundParams):
             if self.layers is not None and name in self.model_fields_set:
                 raise PydanticCustomError(
                     "together", "expected {name} or layers, not both", {"name": name}
+                )
+            if self.optimizer == "spsa" and name in self.model_fields_set:
+                raise PydanticCustomError(
+                    "together",
+                    "expected {name} or optimizer 'spsa', not both: it adapts all MoE "
+                    "layers, or those named in layers",
+                    {"name": name},
                 )
         return self

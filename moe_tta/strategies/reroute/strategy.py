@@ -18,7 +18,8 @@ def work(params: RerouteParams, context: PlanContext) -> Work:
     """Say what a round does: `moe_tta.adapter.Rerouting` by its fields.
 
     Raises:
-        RequestError: `layers` names one that routes nothing.
+        RequestError: `layers` names one that routes nothing, or the optimiser needs
+            gradients where there are none.
     """
     from moe_tta.adapter.rerouting import Rerouting  # imports transformers
 
@@ -31,6 +32,15 @@ def work(params: RerouteParams, context: PlanContext) -> Work:
                 layer,
             )
     own = params.model_dump(exclude=set(RoundParams.model_fields))
-    # spsa draws its directions for a whole batch: a request's would depend on others
-    together = params.optimizer != "spsa"
-    return Work("reroute", own, Rerouting(**own).passes, together=together)
+    if params.optimizer == "spsa":
+        own["layers"] = params.layers or known  # no router is seen, so none is chosen
+        _, *passes = Rerouting(**own).passes  # nor is there a survey
+        return Work("reroute", own, tuple(passes), probes=True)
+    if context.adapter is not None and not context.adapter.gradients:
+        raise RequestError(
+            f"expected 'spsa', got {params.optimizer!r}; this engine takes no "
+            "gradients (its operator set adapter.gradients to false)",
+            "optimizer",
+            params.optimizer,
+        )
+    return Work("reroute", own, Rerouting(**own).passes, together=True)
