@@ -48,10 +48,11 @@ class ProbeScheduler(RoundScheduler):
         """Schedule a step, with the probes that the budget allows."""
         if self.rounds:
             self._go_on()
-        if self._probes and self._idle:
-            self._make_room()
         output = super().schedule(*args, **kwargs)
         self._idle = not output.total_num_scheduled_tokens
+        # a step that preempts lets nobody in: the next one may
+        if self._idle and not output.preempted_req_ids:
+            self._make_room()
         return output
 
     def _go_on(self) -> None:
