@@ -18,7 +18,7 @@ Tensors = tuple[torch.Tensor, ...]
 Pass = Callable[..., Tensors]
 
 MOST_ROWS = 3072  # of more, products keep an H200 busy while Python launches others
-CAPACITY = 12  # graphs that are kept
+CAPACITY = 32  # graphs that are kept
 
 
 class Size(NamedTuple):

@@ -48,23 +48,7 @@ def survey(model: AdapterModel, contexts: Contexts, delta: torch.Tensor) -> Surv
         model: The adapter.
         contexts: R sequences.
         delta: [R, L, E] vectors in force.
-
-    Returns:
-        What holds until the model's next pass.
     """
-
-    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        *texts, vectors = tensors
-        return _survey(model, Contexts(*texts), vectors)
-
-    size = Size("survey", *contexts.tokens.shape)
-    uncertainty, *inputs = model.passes.call(size, run, (*contexts, delta))
-    return Survey(inputs, uncertainty)
-
-
-def _survey(
-    model: AdapterModel, contexts: Contexts, delta: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
     real = contexts.real
     sums = torch.zeros(len(real), len(model.shape.layers), device=model.device)
     places = {number: index for index, number in enumerate(model.shape.layers)}
@@ -85,7 +69,7 @@ def _survey(
         if number in places:
             inputs.append(hidden)
         hidden = model.run(hidden, range(number, number + 1), shared, edits, watch)
-    return (sums / contexts.lengths[:, None], *inputs)
+    return Survey(inputs, sums / contexts.lengths[:, None])
 
 
 def _shared(model: AdapterModel, hidden: torch.Tensor) -> Shared:
@@ -101,7 +85,7 @@ class Tail:
     Args:
         model: The adapter.
         contexts: R sequences.
-        hidden: [R, T, H] before MoE layer `lowest`, from `survey`; copied.
+        hidden: [R, T, H] before MoE layer `lowest`, from `survey`.
         lowest: Position in `shape.layers` of the lowest layer to take gradients in.
         skip: Tokens at the head of each context that are not scored.
         recompute: See `AdapterModel.run`.
@@ -119,7 +103,7 @@ class Tail:
         self._model, self._recompute = model, recompute
         self._first = model.shape.layers[lowest]
         self._inputs = (
-            hidden.clone(),
+            hidden,
             contexts.slots(),
             contexts.tokens.roll(-1, dims=1).reshape(-1),
             contexts.scored(skip),

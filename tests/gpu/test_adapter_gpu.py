@@ -150,4 +150,4 @@ def test_rounds_by_graphs_are_those_without(case, monkeypatch):
                 assert ours.layers == theirs.layers
                 assert ours.losses == theirs.losses
                 assert torch.equal(ours.delta, theirs.delta)
-    assert len(adapter.passes) >= 4
+    assert len(adapter.passes) >= 2  # a step, a loss
