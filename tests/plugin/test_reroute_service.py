@@ -2,6 +2,7 @@
 """What rounds are refused for, what goes wrong in them, and what they keep apart."""
 
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -118,13 +119,14 @@ def test_experts_that_reorder_weights_are_refused():
 
 
 def rounds_counted():
-    return {
-        sample.labels["outcome"]: sample.value
-        for metric in REGISTRY.collect()
-        if metric.name == "moe_tta:rounds"
-        for sample in metric.samples
-        if sample.name.endswith("_total")
-    }
+    """Return rounds by outcome, of all models that this process has served."""
+    counted = Counter()
+    for metric in REGISTRY.collect():
+        if metric.name == "moe_tta:rounds":
+            for sample in metric.samples:
+                if sample.name.endswith("_total"):
+                    counted[sample.labels["outcome"]] += sample.value
+    return counted
 
 
 FAILURES = [
