@@ -12,9 +12,32 @@ import triton.language as tl
 
 
 @triton.jit
+def _tile(
+    COUNT: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """Return which number of a half and of the row an element is, and if it exists."""
+    heads = tl.arange(0, BLOCK)[:, None]
+    dims = tl.arange(0, BLOCK_HALF)[None, :]
+    inside = (heads < COUNT) & (dims < DIM // 2)
+    return dims, heads * DIM + dims, inside
+
+
+@triton.jit
 def _load_halves(ptr, places, inside, HALF: tl.constexpr):
     low = tl.load(ptr + places, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(ptr + places + HALF, mask=inside, other=0.0).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _load_weight(ptr, dims, places, inside, HALF: tl.constexpr, PER_HEAD: tl.constexpr):
+    if PER_HEAD:
+        low, high = _load_halves(ptr, dims, dims < HALF, HALF)
+    else:
+        low, high = _load_halves(ptr, places, inside, HALF)
     return low, high
 
 
@@ -53,18 +76,12 @@ def turn_part(
 ):
     """Norm and turn COUNT heads of one row, in float32; rounded when stored."""
     HALF: tl.constexpr = DIM // 2
-    heads = tl.arange(0, BLOCK)[:, None]
-    dims = tl.arange(0, BLOCK_HALF)[None, :]
-    inside = (heads < COUNT) & (dims < HALF)
-    places = heads * DIM + dims
+    dims, places, inside = _tile(COUNT, DIM, BLOCK, BLOCK_HALF)
     low, high = _load_halves(from_ptr, places, inside, HALF)
     if NORMED:
         size = _mean(low * low + high * high, COUNT, DIM, PER_HEAD)
         scale = tl.rsqrt(size + EPS)
-        if PER_HEAD:
-            w_low, w_high = _load_halves(weight_ptr, dims, dims < HALF, HALF)
-        else:
-            w_low, w_high = _load_halves(weight_ptr, places, inside, HALF)
+        w_low, w_high = _load_weight(weight_ptr, dims, places, inside, HALF, PER_HEAD)
         low = low * scale * w_low
         high = high * scale * w_high
     cos_low, cos_high = _load_halves(cos_ptr, dims, dims < HALF, HALF)
@@ -96,20 +113,14 @@ def turn_part_back(
     / s.
     """
     HALF: tl.constexpr = DIM // 2
-    heads = tl.arange(0, BLOCK)[:, None]
-    dims = tl.arange(0, BLOCK_HALF)[None, :]
-    inside = (heads < COUNT) & (dims < HALF)
-    places = heads * DIM + dims
+    dims, places, inside = _tile(COUNT, DIM, BLOCK, BLOCK_HALF)
     grad_low, grad_high = _load_halves(grad_ptr, places, inside, HALF)
     cos_low, cos_high = _load_halves(cos_ptr, dims, dims < HALF, HALF)
     sin_low, sin_high = _load_halves(sin_ptr, dims, dims < HALF, HALF)
     low = grad_low * cos_low + grad_high * sin_high
     high = grad_high * cos_high - grad_low * sin_low
     if NORMED:
-        if PER_HEAD:
-            w_low, w_high = _load_halves(weight_ptr, dims, dims < HALF, HALF)
-        else:
-            w_low, w_high = _load_halves(weight_ptr, places, inside, HALF)
+        w_low, w_high = _load_weight(weight_ptr, dims, places, inside, HALF, PER_HEAD)
         low *= w_low
         high *= w_high
         x_low, x_high = _load_halves(from_ptr, places, inside, HALF)
@@ -133,9 +144,6 @@ def copy_part(
 ):
     """Copy COUNT heads of one row."""
     HALF: tl.constexpr = DIM // 2
-    heads = tl.arange(0, BLOCK)[:, None]
-    dims = tl.arange(0, BLOCK_HALF)[None, :]
-    inside = (heads < COUNT) & (dims < HALF)
-    places = heads * DIM + dims
+    _, places, inside = _tile(COUNT, DIM, BLOCK, BLOCK_HALF)
     low, high = _load_halves(from_ptr, places, inside, HALF)
     _store_halves(to_ptr, places, inside, low, high, HALF)
