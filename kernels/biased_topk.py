@@ -24,12 +24,7 @@ _SUMMED = 32  # rows that it adds together
 
 def is_plain_softmax(rule: RoutingRule) -> bool:
     """Return whether `biased_topk` knows the rule."""
-    return (
-        rule.softmax
-        and rule.num_expert_group == 1
-        and rule.correction_bias is None
-        and rule.routed_scaling_factor == 1.0
-    )
+    return rule.plain and rule.softmax
 
 
 def biased_topk(

@@ -199,12 +199,7 @@ def _fits_tiles(num_tokens: int, num_planned: int) -> bool:
 
 def has_stock_rows(rule: RoutingRule) -> bool:
     """Return whether stock vLLM routes by its `topk_softmax` kernel here."""
-    return (
-        rule.scoring == "softmax"
-        and rule.num_expert_group == 1
-        and rule.correction_bias is None
-        and rule.routed_scaling_factor == 1.0
-    )
+    return rule.plain and rule.scoring == "softmax"
 
 
 def route_triton(

@@ -50,6 +50,15 @@ class RoutingRule:
         return self.scoring in ("softmax", "topk_softmax")
 
     @property
+    def plain(self) -> bool:
+        """Whether there are no expert groups, no correction bias and no factor."""
+        return (
+            self.num_expert_group == 1
+            and self.correction_bias is None
+            and self.routed_scaling_factor == 1.0
+        )
+
+    @property
     def always_renormalizes(self) -> bool:
         """Whether the model's own weights sum to the scaling factor."""
         return self.renormalize or self.scoring == "topk_softmax"
