@@ -3,10 +3,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from vllm.v1.request import RequestStatus
+
+
+def take_outputs(
+    outputs: Mapping[int, Any], request_ids: Collection[str]
+) -> dict[str, Any]:
+    """Take what a step says of requests out of what clients are told.
+
+    Args:
+        outputs: `EngineCoreOutputs` by client, changed.
+        request_ids: Of hidden requests.
+
+    Returns:
+        The last `EngineCoreOutput` of each that has one, by request.
+    """
+    taken = {}
+    for client in outputs.values() if request_ids else ():
+        told = []
+        for output in client.outputs:
+            if output.request_id in request_ids:
+                taken[output.request_id] = output
+            else:
+                told.append(output)
+        client.outputs = told
+    return taken
 
 
 def leave_out(stats: Any, scheduler: Any, request_ids: Iterable[str]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
-from moe_tta.vllm_plugin.hidden import leave_out, leave_unsaid
+from moe_tta.vllm_plugin.hidden import leave_out, leave_unsaid, take_outputs
 from moe_tta.vllm_plugin.lockstep import Lockstep
 from moe_tta.vllm_plugin.pair_metrics import PairCounts
 from moe_tta.vllm_plugin.pairs import Ask, make_follower
@@ -68,12 +68,7 @@ class PairLifecycle:
         """Take in a step's tokens; end followers with their leads."""
         followers = set(self.pairs)
         outputs = super().update_from_output(*args, **kwargs)
-        for client in outputs.values() if followers else ():
-            client.outputs = [
-                output
-                for output in client.outputs
-                if output.request_id not in followers
-            ]
+        take_outputs(outputs, followers)
         for follower_id in list(self.pairs):
             self._end_together(follower_id)
         return outputs

@@ -16,7 +16,7 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from moe_tta.plan_edit import PlanEdit
-from moe_tta.vllm_plugin.hidden import leave_out, leave_unsaid
+from moe_tta.vllm_plugin.hidden import leave_out, leave_unsaid, take_outputs
 from moe_tta.vllm_plugin.model_shape import shape_from_config
 from moe_tta.vllm_plugin.options import read_settings
 from moe_tta.vllm_plugin.probes import ProbeRound, make_probe, token_scores
@@ -127,16 +127,11 @@ class ProbeScheduler(RoundScheduler):
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, Any]:
         """Take in a step's tokens, and what it says of probes."""
-        probes, said = set(self._probes), {}
+        probes = set(self._probes)
         outputs = super().update_from_output(*args, **kwargs)
-        for client in outputs.values() if probes else ():
-            heard = []
-            for output in client.outputs:
-                if output.request_id in probes:
-                    said[output.request_id] = output
-                else:
-                    heard.append(output)
-            client.outputs = heard
+        if not probes:
+            return outputs
+        said = take_outputs(outputs, probes)
         for probe_id in probes - self.requests.keys():
             self._probes.discard(probe_id)
             if self._round is not None and probe_id in self._round.waits:
