@@ -6,11 +6,8 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from moe_tta.kernels import biased_topk, pairs_order, pairs_triton
+from tests.kernels.hopper import compile_for_hopper
 
 BF16 = torch.bfloat16
 TYPES = {
@@ -22,6 +19,7 @@ TYPES = {
     **dict.fromkeys(("ids", "slots"), "i64"),
     **dict.fromkeys(("counts", "places", "pairs", "ends"), "i32"),
 }
+OPTIONS = "num_warps", "enable_fp_fusion"
 ROUTING = 64, 8, False, True, 1024, BF16, torch.int64, True
 # OLMoE's sizes; the last column is how many accesses of 16 bytes there are at least
 KERNELS = {
@@ -40,24 +38,11 @@ KERNELS = {
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_for_sm_90(name):
     launcher, kind, wide = KERNELS[name]
-    kernel, options = launcher._kernel, launcher._constants(*kind)
-    if not hasattr(kernel, "cache_key"):
-        pytest.skip("Triton was imported to interpret")
-    names = kernel.arg_names
-    constants = {key: options.pop(key) for key in names if key in options}
-    types = {**TYPES, "pairs": "bf16"} if name == "sum" else TYPES
-    signature = {
-        key: "constexpr"
-        if key in constants
-        else f"*{types[key.removesuffix('_ptr')]}"
-        if key.endswith("_ptr")
-        else "i32"
-        for key in names
-    }
-    pointers = [index for index, key in enumerate(names) if key.endswith("_ptr")]
-    aligned = {(index,): [["tt.divisibility", 16]] for index in pointers}
-    values = {(names.index(key),): value for key, value in constants.items()}
-    source = ASTSource(kernel, signature, values, aligned)
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    constants = launcher._constants(*kind)
+    options = {key: constants.pop(key) for key in OPTIONS if key in constants}
+    types = {f"{key}_ptr": one for key, one in TYPES.items()}
+    if name == "sum":
+        types["pairs_ptr"] = "bf16"
+    done = compile_for_hopper(launcher._kernel, constants, types, options)
     assert done.asm["ptx"].count(".v4.b32") >= wide
     assert done.asm["ptx"].count("atom") == 0

@@ -2,21 +2,19 @@
 """When the two launches of a contrast overlap, and what each is compiled to."""
 
 import re
+from collections import defaultdict
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from moe_tta.kernels import contrast_triton
 from moe_tta.kernels.contrast_triton import CHUNK, OVERLAPPED_CHUNK, ContrastRows
+from tests.kernels.hopper import compile_for_hopper
 from tests.kernels.test_launch import FakeKernel
 
 CUDA = torch.device("cuda", 0)
-HOPPER = GPUTarget("cuda", 90, 32)
+TYPES = defaultdict(lambda: "fp32", leads_ptr="i64", followers_ptr="i64")
 VOCAB = 50304
 WAIT = "griddepcontrol.wait"
 ABOUT_MEMORY = re.compile(r"griddepcontrol\.\w+|(?:ld|st)\.global")
@@ -68,24 +66,13 @@ def test_only_the_second_launch_may_begin_early(monkeypatch, asked, overlaps):
         assert (constants["OVERLAP"], constants["CHUNK"]) == (overlaps, chunk)
 
 
-def compile_for_hopper(kernel, overlap, monkeypatch, folder):
+def compile_contrast(kernel, overlap, monkeypatch, folder):
     """Return the compiled form of float32 logits, no GPU needed."""
-    if not isinstance(kernel, triton.JITFunction):
-        pytest.skip("kernels are interpreted in this process")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     constants = {"CHUNKS": 32, "CHUNK": OVERLAPPED_CHUNK, "OVERLAP": overlap}
     constants = {name: constants[name] for name in kernel.arg_names if name.isupper()}
-    kinds = {"leads_ptr": "*i64", "followers_ptr": "*i64"}
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else kinds.get(name, "*fp32" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-    }
-    source = ASTSource(kernel, signature, constexprs=constants)
-    return triton.compile(
-        source, HOPPER, {**contrast_triton._OPTIONS, "launch_pdl": overlap}
-    )
+    options = {**contrast_triton._OPTIONS, "launch_pdl": overlap}
+    return compile_for_hopper(kernel, constants, TYPES, options, aligned=False)
 
 
 def about_memory(compiled):
@@ -95,7 +82,7 @@ def about_memory(compiled):
 
 def test_rows_are_loaded_before_the_wait_and_written_after(monkeypatch, tmp_path):
     kernel = contrast_triton._combine_kernel
-    compiled = compile_for_hopper(kernel, True, monkeypatch, tmp_path)
+    compiled = compile_contrast(kernel, True, monkeypatch, tmp_path)
     assert compiled.metadata.launch_pdl
     found = about_memory(compiled)
     assert found.count(WAIT) == 1
@@ -109,13 +96,13 @@ def test_rows_are_loaded_before_the_wait_and_written_after(monkeypatch, tmp_path
 
 def test_the_first_launch_lets_the_second_begin_at_once(monkeypatch, tmp_path):
     kernel = contrast_triton._best_kernel
-    compiled = compile_for_hopper(kernel, True, monkeypatch, tmp_path)
+    compiled = compile_contrast(kernel, True, monkeypatch, tmp_path)
     assert about_memory(compiled)[0] == "griddepcontrol.launch_dependents"
 
 
 @pytest.mark.parametrize("name", ["_best_kernel", "_combine_kernel"])
 def test_plain_launches_know_nothing_of_it(monkeypatch, tmp_path, name):
     kernel = getattr(contrast_triton, name)
-    compiled = compile_for_hopper(kernel, False, monkeypatch, tmp_path)
+    compiled = compile_contrast(kernel, False, monkeypatch, tmp_path)
     assert "griddepcontrol" not in compiled.asm["ptx"]
     assert not compiled.metadata.launch_pdl

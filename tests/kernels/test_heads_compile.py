@@ -2,19 +2,17 @@
 """Kernels of attention's heads and of the loss compile for sm_90, in wide accesses."""
 
 import re
+from collections import defaultdict
 
 import pytest
 
 pytest.importorskip("triton")
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from moe_tta.kernels import rope_triton, token_loss_triton
 from moe_tta.kernels.rope import HeadLayout
+from tests.kernels.hopper import compile_for_hopper
 
-OTHERS = {"targets_ptr": "i64", "nll_ptr": "fp32"}
+TYPES = defaultdict(lambda: "bf16", targets_ptr="i64", nll_ptr="fp32")
 OLMOE = HeadLayout(16, 16, 128, False, 1e-5)
 MIXTRAL = HeadLayout(32, 8, 128)
 QWEN3_MOE = HeadLayout(32, 4, 128, True, 1e-6)
@@ -37,20 +35,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_for_sm_90(case):
     kernel, given = CASES[case]
-    if not hasattr(kernel, "cache_key"):
-        pytest.skip("Triton was imported to interpret")
     constants = dict(given)
     options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    signature, aligned, values = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else "i32"
-        if name in constants:
-            values[index,] = constants[name]
-        elif name.endswith("_ptr"):
-            signature[name] = f"*{OTHERS.get(name, 'bf16')}"
-            aligned[index,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, values, aligned)
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    done = compile_for_hopper(kernel, constants, TYPES, options)
     assert done.metadata.shared <= 4 * 2**10
     ptx = done.asm["ptx"]
     assert ".local" not in ptx

@@ -5,13 +5,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from moe_tta.kernels import recall_triton
 from moe_tta.kernels.recall_mean import mean_tokens
 from moe_tta.kernels.recall_search import search_tokens
+from tests.kernels.hopper import compile_for_hopper
 
 SIZES = {
     "CAPACITY": recall_triton.LISTS,
@@ -51,23 +48,9 @@ POINTERS = {
     ids=str,
 )
 def test_compiles_for_sm_90(kernel, constants, hidden):
-    if not hasattr(kernel, "cache_key"):
-        pytest.skip("Triton was imported to interpret")
     types = POINTERS | {"hidden_ptr": hidden}
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else f"*{types[name]}"
-        if name in types
-        else "i32"
-        for name in kernel.arg_names
-    }
-    at = {name: (index,) for index, name in enumerate(kernel.arg_names)}
-    aligned = {at[name]: [["tt.divisibility", 16]] for name in types if name in at}
-    values = {at[name]: value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, values, aligned)
     options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    done = compile_for_hopper(kernel, constants, types, options)
     assert done.metadata.shared <= 100 * 2**10  # two programs on an SM of 228 KiB
     assert "fma.rn.f64" not in done.asm["ptx"]  # products in tensor cores
     assert (".f64.f64.f64.f64" in done.asm["ptx"]) == (kernel is search_tokens)
