@@ -41,3 +41,14 @@ def lab():
     from moe_tta.lab import lab_path
 
     return lambda name: str(lab_path(name, progress=False))
+
+
+@pytest.fixture
+def one_thread():
+    """Keep tiny operations off the thread pool, where they mostly wait."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -54,6 +55,17 @@ class Heard:
         patch.setattr(ProbeRound, "take", taken)
         patch.setattr(probe_scheduler.ProbeScheduler, "_finish", finished)
         return self
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """Records what this test's engines ask and hear."""
+    return Heard().record(monkeypatch)
+
+
+def complete(llm, prompt, params):
+    [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    return output
 
 
 class Replica:

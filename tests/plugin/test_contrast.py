@@ -5,7 +5,6 @@ import logging
 import random
 
 import pytest
-import torch
 
 from tests.plugin import contrast_reference
 from tests.plugin.engine import engine, generate, sampling
@@ -43,13 +42,7 @@ def llm(tiny_models):
         yield llm
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """More threads only wait for each other on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", WEAK)

@@ -14,7 +14,8 @@ from moe_tta.adapter.tail import Tail, survey
 from moe_tta.vllm_plugin import probe_jobs, probe_scheduler
 from moe_tta.vllm_plugin.probes import PROBE
 from tests.plugin.engine import engine, generate, outputs, sampling, status
-from tests.plugin.probed import Heard
+from tests.plugin.probed import complete
+from tests.plugin.probed import heard as heard
 from tests.plugin.test_isolation import counters
 from tests.plugin.test_probes import EPS, EXACT, ROUNDS, SPSA
 from tests.plugin.test_reroute import draw_prompts
@@ -25,15 +26,7 @@ PROMPT = list(range(3, 63))
 # a logit of up to 16, through some 12 roundings in each of 4 layers
 FLOAT32 = 16 * 12 * 4 * EPS
 ADAM = {"reroute": {"every": 8, "steps": 2, "lr": 0.3}}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """More threads only wait for each other on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +38,6 @@ def llm(tiny_models, tmp_path_factory):
     with engine(tiny_models("mixtral"), **options) as llm:
         llm.traces = traces
         yield llm
-
-
-@pytest.fixture
-def heard(monkeypatch):
-    return Heard().record(monkeypatch)
-
-
-def complete(llm, prompt, params):
-    [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-    return output
 
 
 def adapter_loss(model, tokens):

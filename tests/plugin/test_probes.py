@@ -16,7 +16,8 @@ from vllm.exceptions import VLLMValidationError
 from moe_tta.vllm_plugin import round_limits
 from tests.families import CASES
 from tests.plugin.engine import engine, generate, outputs, sampling, status
-from tests.plugin.probed import Heard, Replica, rerun
+from tests.plugin.probed import Replica, complete, rerun
+from tests.plugin.probed import heard as heard
 from tests.plugin.test_reroute import draw_prompts
 from tests.plugin.test_reroute_crowd import check_empty, scheduler_of
 
@@ -32,15 +33,7 @@ SPSA = {"optimizer": "spsa", "steps": 2, "lr": 2.0}
 ROUNDS = {"reroute": {**SPSA, "every": 8}}
 log = logging.getLogger(__name__)
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """More threads only wait for each other on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -65,16 +58,6 @@ def exact(family):
     """Requests in one batch leave each other's bits alone (docs/log.md)."""
     if family == "glm4_moe":
         pytest.skip("stock vLLM itself rounds otherwise beside other requests")
-
-
-@pytest.fixture
-def heard(monkeypatch):
-    return Heard().record(monkeypatch)
-
-
-def complete(llm, prompt, params):
-    [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-    return output
 
 
 def arguments_of(request, shape):

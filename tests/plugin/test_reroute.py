@@ -4,7 +4,6 @@
 import random
 
 import pytest
-import torch
 
 from moe_tta.vllm_plugin.reroute_service import RerouteService
 from tests.plugin.engine import engine, generate, outputs, sampling, status
@@ -36,13 +35,7 @@ def draw_prompts(count, rng):
     ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """More threads only wait for each other on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

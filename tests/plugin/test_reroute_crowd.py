@@ -4,7 +4,6 @@
 import random
 
 import pytest
-import torch
 
 from tests.plugin.engine import engine, generate, outputs, sampling, status
 from tests.plugin.test_contrast_crowd import SAMPLING
@@ -21,13 +20,7 @@ def settings(budget):
     return {"additional_config": {"moe_tta": {"k_max": 6, "adapter": adapter}}}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """More threads only wait for each other on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw_job(rng, shape, prefixes):

@@ -32,13 +32,7 @@ def llm(tiny_models):
         yield llm
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """More threads only wait for each other on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def complete(llm, prompt, params):
