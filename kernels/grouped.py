@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from moe_tta.kernels.pairs import PairOrder, PairWork
 
@@ -39,7 +38,7 @@ def grouped_experts(
         gate_up_proj: [E, 2 I, H], gate first; H and I times 2 or 4 bytes are multiples
             of 16.
         down_proj: [E, H, I].
-        work: What does all but the products.
+        work: What does it, product by product.
     """
     return _GroupedExperts.apply(
         hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, work
@@ -59,10 +58,9 @@ class _GroupedExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         topk_weights = topk_weights.contiguous()
         order = work.order_pairs(topk_ids.contiguous(), len(gate_up_proj))
-        x = work.spread_rows(hidden_states.contiguous(), order)
-        gate_up = _product(x, gate_up_proj.transpose(1, 2), order)
-        del x  # T K rows of H less at the peak
-        y = _product(work.silu_and_mul(gate_up), down_proj.transpose(1, 2), order)
+        rows = hidden_states.contiguous()
+        gate_up = work.multiply(rows, gate_up_proj.mT, order, from_rows=True)
+        y = work.multiply(work.silu_and_mul(gate_up), down_proj.mT, order)
         ctx.save_for_backward(gate_up, topk_weights, *order, gate_up_proj, down_proj)
         ctx.work = work
         return work.sum_pairs(y, order, topk_weights)
@@ -72,17 +70,11 @@ class _GroupedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate_up, topk_weights, *places, gate_up_proj, down_proj = ctx.saved_tensors
         order, work, with_rows = PairOrder(*places), ctx.work, ctx.needs_input_grad[0]
-        slope = work.spread_rows(grad.contiguous(), order)
-        slope = _product(slope, down_proj, order)
+        slope = work.multiply(grad.contiguous(), down_proj, order, from_rows=True)
         grad_weights, slope = work.silu_and_mul_backward(
             gate_up, slope, topk_weights, order, with_rows
         )
         rows = None
         if with_rows:
-            rows = work.sum_pairs(_product(slope, gate_up_proj, order), order)
+            rows = work.sum_pairs(work.multiply(slope, gate_up_proj, order), order)
         return rows, None, grad_weights, None, None, None
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, order: PairOrder) -> torch.Tensor:
-    """Multiply places [T K, in] by their experts' [E, in, out]."""
-    return functional.grouped_mm(x, weight, offs=order.ends)

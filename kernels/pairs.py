@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work around the grouped products of experts, in plain torch: what kernels must equal.
+"""Grouped products of experts and the work around them: what kernels must equal.
 
 T rows go to K experts each: T K *pairs*, which grouped products want sorted by expert.
 A pair's *place* is where it then stands.
@@ -40,6 +40,25 @@ def order_pairs(ids: torch.Tensor, num_experts: int) -> PairOrder:
 def spread_rows(rows: torch.Tensor, order: PairOrder) -> torch.Tensor:
     """Copy rows [T, H] to the places [T K, H] of their pairs."""
     return rows.index_select(0, order.pairs // order.places.shape[1])
+
+
+def multiply(
+    x: torch.Tensor, weight: torch.Tensor, order: PairOrder, from_rows: bool = False
+) -> torch.Tensor:
+    """Multiply each pair's row by its expert's matrix.
+
+    Args:
+        x: [T, in] with `from_rows`, else [T K, in] by place.
+        weight: [E, in, out].
+        order: The places.
+        from_rows: Whether pairs take their row of `x`.
+
+    Returns:
+        [T K, out] by place.
+    """
+    if from_rows:
+        x = spread_rows(x, order)
+    return functional.grouped_mm(x, weight, offs=order.ends)
 
 
 def sum_pairs(
@@ -116,12 +135,10 @@ class PairWork(NamedTuple):
     """One implementation of the functions above."""
 
     order_pairs: Callable[..., PairOrder]
-    spread_rows: Callable[..., torch.Tensor]
+    multiply: Callable[..., torch.Tensor]
     sum_pairs: Callable[..., torch.Tensor]
     silu_and_mul: Callable[..., torch.Tensor]
     silu_and_mul_backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
-PLAIN = PairWork(
-    order_pairs, spread_rows, sum_pairs, silu_and_mul, silu_and_mul_backward
-)
+PLAIN = PairWork(order_pairs, multiply, sum_pairs, silu_and_mul, silu_and_mul_backward)

@@ -11,20 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_tta.kernels.grouped_triton import multiply
 from moe_tta.kernels.launch import Launcher
 from moe_tta.kernels.pairs import PairOrder, PairWork
 from moe_tta.kernels.pairs_order import order_pairs
 
 _BLOCK = 1024  # elements of a program: 16 bytes of 16-bit floats a thread
-
-
-def spread_rows(rows: torch.Tensor, order: PairOrder) -> torch.Tensor:
-    """Copy rows as `pairs.spread_rows`."""
-    (num_rows, width), hidden = order.places.shape, rows.shape[1]
-    spread = rows.new_empty(num_rows * width, hidden)
-    grid = num_rows, -(-hidden // _block(hidden)), 1
-    _spread(grid, (rows, spread, order.places), (), (hidden, width, rows.dtype))
-    return spread
 
 
 def sum_pairs(
@@ -78,14 +70,10 @@ def _block(size: int) -> int:
     return min(_BLOCK, triton.next_power_of_2(size))
 
 
-def _spread_constants(hidden: int, width: int, *_: object) -> dict:
-    return {"H": hidden, "K": width, "BLOCK_H": _block(hidden), "num_warps": 4}
-
-
 def _sum_constants(hidden: int, width: int, dtype: torch.dtype, weighted: bool) -> dict:
+    sizes = {"H": hidden, "K": width, "BLOCK_H": _block(hidden), "WEIGHTED": weighted}
     # each product and each sum is rounded, as in plain torch
-    exact = {"enable_fp_fusion": False}
-    return {**_spread_constants(hidden, width), "WEIGHTED": weighted, **exact}
+    return {**sizes, "num_warps": 4, "enable_fp_fusion": False}
 
 
 def _activate_constants(inner: int, *_: object) -> dict:
@@ -94,23 +82,6 @@ def _activate_constants(inner: int, *_: object) -> dict:
 
 def _backward_constants(inner: int, dtype: torch.dtype, with_rows: bool) -> dict:
     return {**_activate_constants(inner), "WITH_ROWS": with_rows}
-
-
-@triton.jit
-def _spread_rows(
-    rows_ptr,  # [T, H]
-    spread_ptr,  # [T K, H]
-    places_ptr,  # [T, K] int32
-    H: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    dims = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    values = tl.load(rows_ptr + row * H + dims, mask=dims < H)
-    for column in tl.static_range(K):
-        place = tl.load(places_ptr + row * K + column).to(tl.int64)
-        tl.store(spread_ptr + place * H + dims, values, mask=dims < H)
 
 
 @triton.jit
@@ -196,11 +167,8 @@ def _silu_and_mul_backward(
     tl.store(grad_weights_ptr + pair, tl.sum(total, axis=0))
 
 
-_spread = Launcher(_spread_rows, _spread_constants)
 _sum = Launcher(_sum_pairs, _sum_constants)
 _activate = Launcher(_silu_and_mul, _activate_constants)
 _activate_backward = Launcher(_silu_and_mul_backward, _backward_constants)
 
-TRITON = PairWork(
-    order_pairs, spread_rows, sum_pairs, silu_and_mul, silu_and_mul_backward
-)
+TRITON = PairWork(order_pairs, multiply, sum_pairs, silu_and_mul, silu_and_mul_backward)

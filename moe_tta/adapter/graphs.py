@@ -138,12 +138,11 @@ class CudaCapture:
     def __call__(self, run: Pass, inputs: Tensors) -> Captured:
         """Capture a pass that has run before with these shapes."""
         own = tuple(tensor.clone() for tensor in inputs)
-        graph = torch.cuda.CUDAGraph()
-        # other threads of a worker copy results meanwhile
-        with torch.cuda.graph(
-            graph, self._pool, self._stream, capture_error_mode="thread_local"
-        ):
-            outputs = run(*own)
+        try:
+            graph, outputs = self._record(run, own)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()  # the allocator may not, within a capture
+            graph, outputs = self._record(run, own)
 
         def replay(inputs: Tensors) -> Tensors:
             for mine, given in zip(own, inputs, strict=True):
@@ -152,3 +151,19 @@ class CudaCapture:
             return outputs
 
         return replay
+
+    def _record(self, run: Pass, own: Tensors) -> tuple[torch.cuda.CUDAGraph, Tensors]:
+        """Capture without `torch.cuda.graph`, which gives all cached memory back first.
+
+        Passes after that took 60 to 110 ms longer on an H200.
+        """
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            # other threads of a worker copy results meanwhile
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = run(*own)
+            finally:
+                graph.capture_end()
+        return graph, outputs

@@ -45,10 +45,17 @@ def test_order(layer):
 
 @LAYERS
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-def test_rows_and_sums(layer, dtype):
+def test_sums(layer, dtype):
     rows, hidden, _, experts, width = layer
     ids = checks.draw_ids(rows, experts, width)
-    checks.check_copies(TRITON, ids, experts, hidden, dtype, "cuda")
+    checks.check_sums(TRITON, ids, experts, hidden, dtype, "cuda")
+
+
+@LAYERS
+def test_products(layer):
+    rows, hidden, inner, experts, width = layer
+    ids = checks.draw_ids(rows, experts, width)
+    checks.check_products(TRITON, ids, hidden, 2 * inner, BF16, "cuda")
 
 
 @LAYERS

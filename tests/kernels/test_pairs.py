@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from moe_tta.kernels.grouped import grouped_experts
-from moe_tta.kernels.pairs import PLAIN, silu_and_mul, silu_and_mul_backward
+from moe_tta.kernels.pairs import (
+    PLAIN,
+    silu_and_mul,
+    silu_and_mul_backward,
+    spread_rows,
+)
 from tests.kernels import expert_checks as checks
 
 # three rows of two experts each; expert 1 has none
@@ -23,7 +28,7 @@ def test_order_by_hand():
 
 def test_rows_and_sums_by_hand():
     rows = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])
-    spread = PLAIN.spread_rows(rows, ORDER)
+    spread = spread_rows(rows, ORDER)
     assert spread[:, 0].tolist() == [1, 2, 1, 3, 2, 3]
     assert torch.equal(PLAIN.sum_pairs(spread, ORDER), 2 * rows)
     weights = torch.tensor([[1.0, 2.0], [0.0, 1.0], [3.0, 0.5]])
