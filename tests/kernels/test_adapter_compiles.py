@@ -8,17 +8,23 @@ import torch
 
 pytest.importorskip("triton")
 
-from moe_tta.kernels import biased_topk, grouped_triton, pairs_order, pairs_triton
+from moe_tta.kernels import (
+    biased_topk,
+    grouped_triton,
+    pairs_order,
+    pairs_triton,
+    take_rows_triton,
+)
 from tests.kernels.hopper import compile_for_hopper
 
 BF16 = torch.bfloat16
 TYPES = {
-    **dict.fromkeys(("x", "weight", "total"), "bf16"),
+    **dict.fromkeys(("x", "weight", "total", "rows", "taken"), "bf16"),
     **dict.fromkeys(("gate_up", "product", "slope", "grad_gate_up"), "bf16"),
     **dict.fromkeys(("logits", "grad_logits"), "bf16"),
     **dict.fromkeys(("weights", "grad_weights", "bias", "grad"), "fp32"),
     **dict.fromkeys(("shifted", "values", "sums"), "fp32"),
-    **dict.fromkeys(("ids", "slots"), "i64"),
+    **dict.fromkeys(("ids", "slots", "index"), "i64"),
     **dict.fromkeys(("counts", "places", "pairs", "ends"), "i32"),
 }
 OPTIONS = "num_warps", "num_stages", "enable_fp_fusion"
@@ -33,6 +39,7 @@ KERNELS = {
     "slope": (grouped_triton._multiply, (*PRODUCT, False, True, BF16), 32),
     "odd": (grouped_triton._multiply, (896, 4864, 8, 2, False, False, BF16), 32),
     "sum": (pairs_triton._sum, (2048, 8, BF16, True), 9),
+    "take": (take_rows_triton._take, (2048, 6144, BF16), 4),
     "activate": (pairs_triton._activate, (1024, BF16), 3),
     "backward": (pairs_triton._activate_backward, (1024, BF16, True), 5),
     "route": (biased_topk._forward, ROUTING, 1),

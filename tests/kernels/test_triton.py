@@ -27,6 +27,7 @@ CASES = (
     "kernels/triton_topk.py",
     "adapter/triton_fused.py",
     "kernels/triton_rope.py",
+    "kernels/triton_take_rows.py",
     "kernels/triton_token_loss.py",
 )
 
