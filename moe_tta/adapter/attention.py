@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from moe_tta.adapter.packing import Packing
 from moe_tta.kernels.rope import HeadLayout, NormWeights, Tables, split_heads
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -164,39 +165,55 @@ class FusedAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
+        packing: Packing | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend.
 
         Args:
-            hidden_states: [R, T, H].
-            position_embeddings: Cosines and sines, each [R or 1, T, D].
+            hidden_states: [R, T, H]; packed, [1, N, H].
+            position_embeddings: Cosines and sines, each [R or 1, T, D]; packed,
+                [1, N, D].
             attention_mask: [R or 1, 1, T, keys] bool; `None` is causal.
             past_key_values: Has `update(keys, values, layer)` for [R, K, T, D].
+            packing: Of the rows, if they are packed; then the mask is that of [R, T].
 
         Returns:
-            [R, T, H], and `None` for the attention's weights.
+            As `hidden_states`, and `None` for the attention's weights.
         """
         project = fused_heads if hidden_states.is_cuda else plain_heads
         heads = project(hidden_states, self._projection, Tables(*position_embeddings))
+        if packing is not None:
+            heads = [packing.spread(part) for part in heads]
         queries, keys, values = (part.transpose(1, 2) for part in heads)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
+        mixed = self._attend(queries, keys, values, attention_mask).transpose(1, 2)
+        if packing is not None:
+            mixed = packing.gather(mixed)
+        return self.o_proj(mixed.flatten(2)), None
+
+    def _attend(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         grouped = queries.shape[1] != keys.shape[1]
-        if grouped and attention_mask is not None:
+        if grouped and mask is not None:
             # with a mask no fused kernel of torch knows shared heads
             groups = queries.shape[1] // keys.shape[1]
             keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
-        mixed = functional.scaled_dot_product_attention(
+        return functional.scaled_dot_product_attention(
             queries,
             keys,
             values,
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None and queries.shape[2] > 1,
+            attn_mask=mask,
+            is_causal=mask is None and queries.shape[2] > 1,
             scale=self.scaling,
-            enable_gqa=grouped and attention_mask is None,
+            enable_gqa=grouped and mask is None,
         )
-        return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
 
 
 def fuse_attention(model: nn.Module) -> None:

@@ -14,55 +14,20 @@ class Contexts(NamedTuple):
 
     tokens: torch.Tensor  # [R, T] int64
     lengths: torch.Tensor  # [R] int64
-    starts: torch.Tensor  # [R] int64, first row that takes the request's vectors
 
     @staticmethod
-    def of(
-        sequences: Sequence[Sequence[int]],
-        device: torch.device,
-        starts: Sequence[int] | None = None,
-        length: int | None = None,
-    ) -> Contexts:
-        """Batch token ids; rows before a sequence's start keep the model's own rule.
-
-        Args:
-            sequences: Token ids.
-            device: Of the result.
-            starts: First row of each that takes the vectors; 0 by default.
-            length: T; by default that of the longest.
-        """
-        longest = max(len(sequence) for sequence in sequences)
-        tokens = torch.zeros(len(sequences), length or longest, dtype=torch.int64)
+    def of(sequences: Sequence[Sequence[int]], device: torch.device) -> Contexts:
+        """Batch token ids; T is that of the longest."""
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
         for row, sequence in zip(tokens, sequences, strict=True):
             row[: len(sequence)] = torch.tensor(sequence)
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        first = torch.tensor(starts if starts is not None else [0] * len(sequences))
-        return Contexts(tokens.to(device), lengths.to(device), first.to(device))
+        return Contexts(tokens.to(device), lengths.to(device))
 
     @property
     def positions(self) -> torch.Tensor:
         """Absolute positions [1, T]."""
         return torch.arange(self.tokens.shape[1], device=self.tokens.device)[None]
-
-    @property
-    def real(self) -> torch.Tensor:
-        """Which rows are no padding, [R, T] bool."""
-        return self.positions < self.lengths[:, None]
-
-    def slots(self) -> torch.Tensor:
-        """Slot of each row [R T]: 1 + its request, or 0 before the start and after."""
-        own = 1 + torch.arange(len(self.lengths), device=self.tokens.device)[:, None]
-        takes = self.real & (self.positions >= self.starts[:, None])
-        return torch.where(takes, own, 0).reshape(-1)
-
-    def scored(self, skip: int) -> torch.Tensor:
-        """Which rows predict a token that counts, [R, T] bool.
-
-        Args:
-            skip: Tokens at the head of a sequence that are context only.
-        """
-        following = self.positions + 1
-        return (following < self.lengths[:, None]) & (following >= skip)
 
 
 def causal_mask(

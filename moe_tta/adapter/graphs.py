@@ -8,7 +8,7 @@ it is launched as a whole whenever a text of that size comes again.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,7 +26,8 @@ class Size(NamedTuple):
 
     name: str
     texts: int  # R
-    tokens: int  # T, with padding
+    tokens: int  # T, to which attention pads each
+    rows: int  # N, of all texts and of nobody
     first: int = 0  # layer that it begins with
     recompute: bool = False
 
@@ -44,12 +45,12 @@ class Captured(Protocol):
 class Passes:
     """Passes run as they are."""
 
-    def length(self, texts: int, longest: int) -> int:
-        """Return T, what so many texts are padded to."""
-        return longest
+    def extent(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """Return N rows for texts of these lengths, and T, attention's length."""
+        return sum(lengths), max(lengths)
 
-    def lowest(self, texts: int, tokens: int, layer: int, layers: int) -> int:
-        """Return where a tail begins that shall reach down to `layer` of `layers`."""
+    def lowest(self, rows: int, layer: int, layers: int) -> int:
+        """Return where a tail of N rows begins that shall reach down to `layer`."""
         return layer
 
     def call(self, size: Size, run: Pass, inputs: Tensors) -> Tensors:
@@ -66,13 +67,13 @@ class Passes:
 class Graphs(Passes):
     """Passes by graphs where they are small; the first of a size warms up.
 
-    Their sizes are rounded up, so that they come again: texts to 32 tokens, tails to
-    an eighth of the layers.
+    Their sizes are rounded up, so that they come again: one text to 32 tokens, the
+    rows and the longest of several to 64, tails to an eighth of the layers.
 
     Args:
         capture: Captures a pass with the shapes of its inputs.
         capacity: How many are kept; which was used longest ago goes first.
-        most_rows: Most rows, padding included, of a pass that is captured.
+        most_rows: Most rows, nobody's included, of a pass that is captured.
     """
 
     def __init__(
@@ -89,14 +90,16 @@ class Graphs(Passes):
     def __len__(self) -> int:
         return sum(captured is not None for captured in self._kept.values())
 
-    def length(self, texts: int, longest: int) -> int:
-        """Return T, what so many texts are padded to."""
-        rounded = -(-longest // 32) * 32
-        return rounded if texts * rounded <= self._most_rows else longest
+    def extent(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """Return N rows for texts of these lengths, and T, attention's length."""
+        exact = super().extent(lengths)
+        multiple = 64 if len(lengths) > 1 else 32
+        rows, length = (-(-size // multiple) * multiple for size in exact)
+        return (rows, length) if rows <= self._most_rows else exact
 
-    def lowest(self, texts: int, tokens: int, layer: int, layers: int) -> int:
-        """Return where a tail begins that shall reach down to `layer` of `layers`."""
-        small = texts * tokens <= self._most_rows
+    def lowest(self, rows: int, layer: int, layers: int) -> int:
+        """Return where a tail of N rows begins that shall reach down to `layer`."""
+        small = rows <= self._most_rows
         return layer - layer % max(1, layers // 8) if small else layer
 
     def call(self, size: Size, run: Pass, inputs: Tensors) -> Tensors:

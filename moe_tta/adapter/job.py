@@ -7,8 +7,8 @@ from collections.abc import Generator, Sequence
 
 import torch
 
-from moe_tta.adapter.contexts import Contexts
 from moe_tta.adapter.model import AdapterModel
+from moe_tta.adapter.packing import PackedTexts
 from moe_tta.adapter.rerouting import Outcome, Rerouting, Round, round_units
 
 
@@ -50,14 +50,14 @@ class RerouteJob:
         ]
         self._running = None
         if self._usable:
-            texts = [sequences[index] for index in self._usable]
-            contexts = Contexts.of(
-                texts,
+            used = [sequences[index] for index in self._usable]
+            texts = PackedTexts.of(
+                used,
                 model.device,
                 None if starts is None else [starts[index] for index in self._usable],
-                model.passes.length(len(texts), max(map(len, texts))),
+                model.passes.extent([len(sequence) for sequence in used]),
             )
-            self._running = round_units(model, contexts, delta[self._usable], settings)
+            self._running = round_units(model, texts, delta[self._usable], settings)
 
     @property
     def done(self) -> bool:

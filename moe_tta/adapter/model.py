@@ -19,6 +19,8 @@ from moe_tta.adapter.fused import fuse
 from moe_tta.adapter.graphs import CudaCapture, Graphs, Passes
 from moe_tta.adapter.linear import FrozenEmbedding, FrozenLinear
 from moe_tta.adapter.mapped import map_checkpoint, model_names, take_experts
+from moe_tta.adapter.packed_attention import PACKED_SDPA
+from moe_tta.adapter.packing import Packing
 from moe_tta.adapter.routing import AdaptedRouter, EditTables, LayerEdit
 from moe_tta.adapter.served import view_served
 from moe_tta.kernels.reference import Routing
@@ -28,11 +30,12 @@ Watch = Callable[[int, torch.Tensor, Routing], None]
 
 
 class Shared(NamedTuple):
-    """What all layers of one pass over [R, T] rows share."""
+    """What all layers of one pass over [R, T] or [1, N] packed rows share."""
 
     rope: tuple[torch.Tensor, torch.Tensor]
     mask: torch.Tensor | None  # [R or 1, 1, T, keys] bool; None is causal
     cache: Any = None  # has `update(keys, values, layer)`, as transformers' caches
+    packing: Packing | None = None
 
 
 class AdapterModel:
@@ -135,10 +138,19 @@ class AdapterModel:
         positions: torch.Tensor,
         mask: torch.Tensor | None,
         cache: Any = None,
+        packing: Packing | None = None,
     ) -> Shared:
-        """Prepare a pass over hidden states at absolute positions [R or 1, T]."""
+        """Prepare a pass over hidden states.
+
+        Args:
+            hidden: [R, T, H]; packed, [1, N, H].
+            positions: [R or 1, T], within each text; packed, [1, N].
+            mask: [R or 1, 1, T, keys] bool; `None` is causal.
+            cache: Has `update(keys, values, layer)`; not for packed rows.
+            packing: Of the rows, if they are packed.
+        """
         rope = self.lm.model.rotary_emb(hidden, position_ids=positions)
-        return Shared(rope, mask, cache)
+        return Shared(rope, mask, cache, packing)
 
     def run(
         self,
@@ -149,10 +161,10 @@ class AdapterModel:
         watch: Watch | None = None,
         recompute: bool = False,
     ) -> torch.Tensor:
-        """Run decoder layers and return the hidden states [R, T, H] after the last.
+        """Run decoder layers and return the hidden states after the last, as `hidden`.
 
         Args:
-            hidden: [R, T, H] before the first of them.
+            hidden: [R, T, H], or packed [1, N, H], before the first of them.
             layers: Which, in order.
             shared: From `shared`.
             edits: By decoder layer.
@@ -192,6 +204,7 @@ class AdapterModel:
                 position_embeddings=shared.rope,
                 attention_mask=shared.mask,
                 past_key_values=shared.cache,
+                packing=shared.packing,
             )
         finally:
             if isinstance(router, AdaptedRouter):
@@ -202,7 +215,7 @@ def _empty(config: Any, experts: str) -> nn.Module:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             copy.deepcopy(config),
-            attn_implementation="sdpa",
+            attn_implementation=PACKED_SDPA,
             experts_implementation=experts,
         )
 

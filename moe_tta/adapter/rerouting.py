@@ -11,7 +11,6 @@ from functools import partial
 import torch
 
 from moe_tta.adapter.choice import hard_choice, named_choice, soft_choice
-from moe_tta.adapter.contexts import Contexts
 from moe_tta.adapter.descent import (
     OPTIMIZERS,
     Descent,
@@ -19,6 +18,7 @@ from moe_tta.adapter.descent import (
 )
 from moe_tta.adapter.errors import AdapterError
 from moe_tta.adapter.model import AdapterModel
+from moe_tta.adapter.packing import PackedTexts
 from moe_tta.adapter.spsa import spsa_gradient
 from moe_tta.adapter.tail import Survey, Tail, survey
 
@@ -114,23 +114,24 @@ class Round:
 
 
 def round_units(
-    model: AdapterModel, contexts: Contexts, delta: torch.Tensor, settings: Rerouting
+    model: AdapterModel, texts: PackedTexts, delta: torch.Tensor, settings: Rerouting
 ) -> Generator[None, None, list[Round]]:
     """Run a round; pause after the survey and after each step.
 
     Args:
         model: The adapter.
-        contexts: R sequences.
+        texts: R of them.
         delta: [R, L, E] f32 vectors in force.
         settings: The same for all.
     """
-    surveyed = survey(model, contexts, delta)
+    surveyed = survey(model, texts, delta)
     rates = layer_rates(model, surveyed, settings)
     lowest = int((rates > 0).any(dim=0).nonzero()[0])
-    lowest = model.passes.lowest(*contexts.tokens.shape, lowest, rates.shape[1])
+    rows = texts.tokens.shape[1]
+    lowest = model.passes.lowest(rows, lowest, rates.shape[1])
     tail = Tail(
         model,
-        contexts,
+        texts,
         surveyed.inputs[lowest],
         lowest,
         settings.skip,

@@ -7,27 +7,28 @@ from typing import NamedTuple
 
 import torch
 
-from moe_tta.adapter.contexts import Contexts, causal_mask
+from moe_tta.adapter.contexts import causal_mask
 from moe_tta.adapter.descent import autograd_gradient
 from moe_tta.adapter.families import attention_window
 from moe_tta.adapter.graphs import Size
 from moe_tta.adapter.loss import token_nll
 from moe_tta.adapter.model import AdapterModel, Shared
+from moe_tta.adapter.packing import PackedTexts, Packing
 from moe_tta.adapter.routing import LayerEdit
 from moe_tta.kernels.reference import Routing
 
 
 class Survey(NamedTuple):
-    """What one plain pass over the contexts leaves; L MoE layers, R requests."""
+    """What one plain pass over R packed texts leaves; L MoE layers, N rows."""
 
-    inputs: list[torch.Tensor]  # L times [R, T, H]: hidden states before the layer
+    inputs: list[torch.Tensor]  # L times [1, N, H]: hidden states before the layer
     uncertainty: torch.Tensor  # [R, L] f32, C_l in nats
 
 
 def delta_edits(
     model: AdapterModel, delta: torch.Tensor, slots: torch.Tensor
 ) -> dict[int, LayerEdit]:
-    """Return each MoE layer's edit for vectors [R, L, E] and row slots [R T]."""
+    """Return each MoE layer's edit for vectors [R, L, E] and row slots [N]."""
     # unbound at once: one gradient is made of all layers', instead of one for each
     return {
         number: LayerEdit(slots, bias=bias)
@@ -36,47 +37,51 @@ def delta_edits(
 
 
 @torch.no_grad()
-def survey(model: AdapterModel, contexts: Contexts, delta: torch.Tensor) -> Survey:
-    """Run the contexts once, without gradients, and score the layers.
+def survey(model: AdapterModel, texts: PackedTexts, delta: torch.Tensor) -> Survey:
+    """Run the texts once, without gradients, and score the layers.
 
-    `C_l = -(1/k) sum_j log p_lj` over the k chosen experts, averaged over the context.
+    `C_l = -(1/k) sum_j log p_lj` over the k chosen experts, averaged over the text.
 
     Source: Rewiring Experts on the Fly (arXiv 2510.14853).
     Differs: the average over tokens is ours; the paper's is unconfirmed.
 
     Args:
         model: The adapter.
-        contexts: R sequences.
+        texts: R of them.
         delta: [R, L, E] vectors in force.
     """
-    real = contexts.real
-    sums = torch.zeros(len(real), len(model.shape.layers), device=model.device)
+    packing = texts.packing
+    count, num_layers = len(texts.lengths), len(model.shape.layers)
+    sums = torch.zeros(count, num_layers, device=model.device)
     places = {number: index for index, number in enumerate(model.shape.layers)}
     shifts = torch.cat([torch.zeros_like(delta[:1]), delta])
-    slots = contexts.slots()
 
     def watch(number: int, logits: torch.Tensor, chosen: Routing) -> None:
-        shifted = logits.float() + shifts[slots, places[number]]
+        shifted = logits.float() + shifts[texts.slots, places[number]]
         logs = torch.log_softmax(shifted, dim=1).gather(1, chosen.topk_ids.long())
-        rows = -logs.mean(dim=1).view(real.shape)
-        sums[:, places[number]] = torch.where(real, rows, 0.0).sum(dim=1)
+        means = packing.spread(-logs.mean(dim=1)[None])
+        sums[:, places[number]] = torch.where(packing.padding, 0.0, means).sum(dim=1)
 
-    hidden = model.embed(contexts.tokens)
-    shared = _shared(model, hidden)
-    edits = delta_edits(model, delta, slots)
+    hidden = model.embed(texts.tokens)
+    shared = _shared(model, hidden, texts.positions, packing)
+    edits = delta_edits(model, delta, texts.slots)
     inputs = []
     for number in range(model.shape.layers[-1] + 1):
         if number in places:
             inputs.append(hidden)
         hidden = model.run(hidden, range(number, number + 1), shared, edits, watch)
-    return Survey(inputs, sums / contexts.lengths[:, None])
+    return Survey(inputs, sums / texts.lengths[:, None])
 
 
-def _shared(model: AdapterModel, hidden: torch.Tensor) -> Shared:
-    length = hidden.shape[1]
-    positions = torch.arange(length, device=hidden.device)[None]
+def _shared(
+    model: AdapterModel,
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    packing: Packing,
+) -> Shared:
+    length = packing.places.shape[1]
     mask = causal_mask(length, attention_window(model.config), hidden.device)
-    return model.shared(hidden, positions, mask)
+    return model.shared(hidden, positions, mask, packing=packing)
 
 
 class Tail:
@@ -84,17 +89,17 @@ class Tail:
 
     Args:
         model: The adapter.
-        contexts: R sequences.
-        hidden: [R, T, H] before MoE layer `lowest`, from `survey`.
+        texts: R of them.
+        hidden: [1, N, H] before MoE layer `lowest`, from `survey`.
         lowest: Position in `shape.layers` of the lowest layer to take gradients in.
-        skip: Tokens at the head of each context that are not scored.
+        skip: Tokens at the head of each text that are not scored.
         recompute: See `AdapterModel.run`.
     """
 
     def __init__(
         self,
         model: AdapterModel,
-        contexts: Contexts,
+        texts: PackedTexts,
         hidden: torch.Tensor,
         lowest: int,
         skip: int,
@@ -104,11 +109,13 @@ class Tail:
         self._first = model.shape.layers[lowest]
         self._inputs = (
             hidden,
-            contexts.slots(),
-            contexts.tokens.roll(-1, dims=1).reshape(-1),
-            contexts.scored(skip),
+            texts.positions,
+            texts.slots,
+            texts.tokens.roll(-1, dims=1).reshape(-1),
+            texts.scored(skip),
+            *texts.packing,
         )
-        self._size = (*contexts.tokens.shape, self._first, recompute)
+        self._size = (*texts.size, self._first, recompute)
 
     def loss(self, delta: torch.Tensor) -> torch.Tensor:
         """Return each request's next-token cross-entropy in nats, [R].
@@ -143,19 +150,12 @@ class Tail:
         losses, slope = self._model.passes.call(size, run, (*self._inputs, delta))
         return losses.clone(), slope.clone()
 
-    def _loss(
-        self,
-        hidden: torch.Tensor,
-        slots: torch.Tensor,
-        targets: torch.Tensor,
-        scored: torch.Tensor,
-        delta: torch.Tensor,
-    ) -> torch.Tensor:
-        model = self._model
+    def _loss(self, *tensors: torch.Tensor) -> torch.Tensor:
+        hidden, positions, slots, targets, scored, *parts, delta = tensors
+        model, packing = self._model, Packing(*parts)
         layers = range(self._first, model.config.num_hidden_layers)
         edits = delta_edits(model, delta, slots)
-        hidden = model.run(
-            hidden, layers, _shared(model, hidden), edits, recompute=self._recompute
-        )
-        values = token_nll(model, hidden.flatten(0, 1), targets).view(scored.shape)
+        shared = _shared(model, hidden, positions, packing)
+        hidden = model.run(hidden, layers, shared, edits, recompute=self._recompute)
+        values = packing.spread(token_nll(model, hidden[0], targets)[None])
         return torch.where(scored, values, 0.0).sum(dim=1) / scored.sum(dim=1)

@@ -9,11 +9,13 @@ import torch
 from moe_tta.adapter import AdapterModel
 from moe_tta.adapter.attention import FusedAttention, Projection
 from moe_tta.adapter.contexts import causal_mask
+from moe_tta.adapter.packing import PackedTexts
 from tests.adapter.layouts import vllm_tensors
 
 EPS = torch.finfo(torch.float32).eps
 ROWS, LENGTH, BEFORE, WINDOW = 2, 17, 6, 5
-PASSES = ("causal", "windowed", "cached")
+LENGTHS = (LENGTH, 8)  # of packed texts
+PASSES = ("causal", "windowed", "cached", "packed", "packed and windowed")
 
 
 def served(path, dtype=torch.float32):
@@ -46,9 +48,15 @@ def arguments(model, layer, dtype, which):
     """Hidden states, and what a decoder layer passes on for the pass named `which`."""
     config, generator = model.config, torch.Generator().manual_seed(7)
     shape = ROWS, LENGTH, config.hidden_size
-    hidden = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
     positions, mask, cache = torch.arange(LENGTH)[None], None, None
-    if which == "windowed":
+    packing = None
+    if "packed" in which:
+        texts = [[2] * length for length in LENGTHS]
+        texts = PackedTexts.of(texts, torch.device("cpu"), extent=(32, LENGTH))
+        shape = 1, 32, config.hidden_size
+        positions, packing = texts.positions, texts.packing
+    hidden = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    if "windowed" in which:
         mask = causal_mask(LENGTH, WINDOW, torch.device("cpu"))
     if which == "cached":
         positions = torch.stack([positions[0] + BEFORE, positions[0] + BEFORE - 2])
@@ -58,11 +66,12 @@ def arguments(model, layer, dtype, which):
         width = model.layers[layer].self_attn.head_dim
         heads = ROWS, config.num_key_value_heads, BEFORE, width
         cache = Before(layer, heads, dtype)
-    shared = model.shared(hidden, positions, mask, cache)
+    shared = model.shared(hidden, positions, mask, cache, packing)
     return hidden, {
         "position_embeddings": shared.rope,
         "attention_mask": mask,
         "past_key_values": cache,
+        "packing": packing,
         "position_ids": None,
         "use_cache": False,
     }
@@ -164,3 +173,22 @@ def test_one_row_sees_all_that_is_cached(tiny_models, family):
     units = 2 * model.config.hidden_size + theirs.head_dim + BEFORE + 1
     for ours, other in zip(found, want, strict=True):
         assert (ours - other).norm() <= units * EPS * other.norm()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_packed_texts_are_each_alone(tiny_models, family, fused):
+    """By as many roundings as in `test_float32_equals_transformers`, for each text."""
+    model = served(tiny_models(family))
+    attention = model.layers[2].self_attn
+    attention = FusedAttention(attention) if fused else attention
+    hidden, given = arguments(model, 2, torch.float32, "packed and windowed")
+    units = 2 * model.config.hidden_size + attention.o_proj.in_features + LENGTH
+    together, start = run(attention, hidden, given)[0], 0
+    for length in LENGTHS:
+        own = hidden[:, start : start + length].detach()
+        mask = causal_mask(length, WINDOW, torch.device("cpu"))
+        rope = model.shared(own, torch.arange(length)[None], mask).rope
+        alone, _ = attention(own, position_embeddings=rope, attention_mask=mask)
+        ours = together[:, start : start + length]
+        assert (ours - alone).norm() <= units * EPS * alone.norm()
+        start += length

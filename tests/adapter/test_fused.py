@@ -15,17 +15,19 @@ from tests.adapter.layouts import vllm_tensors
 from tests.adapter.test_gradient import relative, size, tail_of
 
 
-def test_float32_agrees_with_the_loop(tiny_models, family, draw):
+@pytest.mark.parametrize("lengths", [(20,), (20, 7, 40)], ids=str)
+def test_float32_agrees_with_the_loop(tiny_models, family, draw, lengths):
     served = AdapterModel.from_served(*vllm_tensors(tiny_models(family)))
-    delta, tokens = 0.3 * draw.normal(1, *size(served)), draw.tokens(20)
-    loop = autograd_gradient(tail_of(served, [tokens], delta).loss)(delta)
+    delta = 0.3 * draw.normal(len(lengths), *size(served))
+    texts = [draw.tokens(length) for length in lengths]
+    loop = autograd_gradient(tail_of(served, texts, delta).loss)(delta)
     before = {name: weight.data_ptr() for name, weight in served.weights()}
     fuse(served.lm)
     assert {name: weight.data_ptr() for name, weight in served.weights()} == before
     assert isinstance(served.layers[0].mlp.experts, GroupedExperts)
     kinds = {type(module).__name__ for module in served.lm.modules()}
     assert not any(name.endswith("RMSNorm") for name in kinds)
-    fused = autograd_gradient(tail_of(served, [tokens], delta).loss)(delta)
+    fused = autograd_gradient(tail_of(served, texts, delta).loss)(delta)
     assert relative(fused[0], loop[0]) <= 1e-5
     assert relative(fused[1], loop[1]) <= 1e-5
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from moe_tta.adapter import AdapterModel
-from moe_tta.adapter.contexts import Contexts
 from moe_tta.adapter.descent import autograd_gradient
+from moe_tta.adapter.packing import PackedTexts
 from moe_tta.adapter.tail import Tail, survey
 from tests.adapter import independent
 
@@ -14,9 +14,9 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def tail_of(model, sequences, delta, lowest=0, skip=0, starts=None, recompute=False):
-    contexts = Contexts.of(sequences, model.device, starts)
-    hidden = survey(model, contexts, delta).inputs[lowest]
-    return Tail(model, contexts, hidden, lowest, skip, recompute)
+    texts = PackedTexts.of(sequences, model.device, starts)
+    hidden = survey(model, texts, delta).inputs[lowest]
+    return Tail(model, texts, hidden, lowest, skip, recompute)
 
 
 def size(model):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moe_tta.adapter import AdapterModel, Rerouting
-from moe_tta.adapter.graphs import Graphs, Size
+from moe_tta.adapter.graphs import Graphs, Passes, Size
 from moe_tta.adapter.job import reroute
 from tests.adapter.test_gradient import size
 
@@ -32,7 +32,7 @@ class Captures:
         return replay
 
 
-A, B, C = (Size("pass", 1, 32, first) for first in range(3))
+A, B, C = (Size("pass", 1, 32, 32, first) for first in range(3))
 
 
 def double(x):
@@ -74,17 +74,17 @@ def test_memory_that_runs_out_lets_go_of_all():
 
 @pytest.mark.parametrize("optimizer", ["adam", "spsa"])
 def test_rounds_by_graphs_are_rounds(tiny_models, draw, optimizer):
-    """Three rounds of one size on other texts, each as without graphs.
+    """Three rounds of one size on texts of other lengths, each as without graphs.
 
-    With graphs texts are padded, which moves float32's last bits.
+    With graphs there are rows of nobody, which move float32's last bits.
     """
     plain = AdapterModel.from_checkpoint(tiny_models("olmoe"))
     graphed = AdapterModel.from_checkpoint(tiny_models("olmoe"))
     captures = Captures()
     graphed.passes = Graphs(captures)
     settings = Rerouting(steps=3, optimizer=optimizer, lr=0.02, layers=(1, 3), pairs=2)
-    for _ in range(3):
-        texts = [draw.tokens(20), draw.tokens(33)]
+    for lengths in ((20, 33), (40, 9), (31, 32)):
+        texts = [draw.tokens(length) for length in lengths]
         start = 0.1 * draw.normal(2, *size(plain))
         wanted = reroute(plain, texts, start, settings)
         found = reroute(graphed, texts, start, settings)
@@ -101,13 +101,22 @@ def test_large_passes_run_as_they_are():
     captures = Captures()
     graphs = Graphs(captures, most_rows=64)
     for _ in range(3):
-        graphs.call(Size("pass", 2, 33), double, (torch.ones(2),))
+        graphs.call(Size("pass", 2, 33, 66), double, (torch.ones(2),))
     assert captures.made == 0
-    assert [graphs.length(2, n) for n in (20, 32, 33, 40)] == [32, 32, 33, 40]
-    assert graphs.lowest(2, 33, 47, 48) == 47
+    assert graphs.lowest(66, 47, 48) == 47
+
+
+def test_sizes_are_rounded_where_passes_are_small():
+    graphs = Graphs(Captures(), most_rows=128)
+    assert [graphs.extent([n]) for n in (20, 32, 33)] == [(32, 32), (32, 32), (64, 64)]
+    assert graphs.extent([20, 70]) == (128, 128)
+    assert graphs.extent([5, 6, 7]) == (64, 64)
+    assert graphs.extent([70, 59]) == (129, 70)
+    assert graphs.extent([129]) == (129, 129)
+    assert Passes().extent([5, 9, 7]) == (21, 9)
 
 
 def test_tails_begin_at_rounded_layers():
     graphs = Graphs(Captures())
-    assert [graphs.lowest(1, 32, n, 48) for n in (0, 5, 6, 47)] == [0, 0, 6, 42]
-    assert [graphs.lowest(1, 32, n, 4) for n in range(4)] == [0, 1, 2, 3]
+    assert [graphs.lowest(32, n, 48) for n in (0, 5, 6, 47)] == [0, 0, 6, 42]
+    assert [graphs.lowest(32, n, 4) for n in range(4)] == [0, 1, 2, 3]

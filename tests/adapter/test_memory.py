@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_tta.adapter.contexts import Contexts
 from moe_tta.adapter.descent import autograd_gradient
+from moe_tta.adapter.packing import PackedTexts
 from moe_tta.adapter.tail import Tail, survey
 from tests.adapter.test_rounds import zeros
 
@@ -55,9 +55,9 @@ def test_memory_grows_with_rows_and_not_with_weights(adapter, draw, recompute):
     Recomputing keeps the layer's input alone.
     """
     tokens = draw.tokens(48)
-    contexts = Contexts.of([tokens], adapter.device)
-    hidden = survey(adapter, contexts, zeros(adapter, 1)).inputs[0]
-    tail = Tail(adapter, contexts, hidden, 0, 0, recompute)
+    texts = PackedTexts.of([tokens], adapter.device)
+    hidden = survey(adapter, texts, zeros(adapter, 1)).inputs[0]
+    tail = Tail(adapter, texts, hidden, 0, 0, recompute)
     weights = {w.untyped_storage().data_ptr() for _, w in adapter.weights()}
     config = adapter.config
     inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moe_tta.adapter import AdapterError, AdapterModel, Outcome, Rerouting, reroute
-from moe_tta.adapter.contexts import Contexts
+from moe_tta.adapter.packing import PackedTexts
 from moe_tta.adapter.tail import Tail, survey
 from tests.adapter import independent
 from tests.adapter.test_gradient import relative, size
@@ -118,8 +118,8 @@ def test_runs_where_a_worker_would_call_it(model, draw):
 
 def test_uncertainty_is_the_mean_surprise_of_chosen_experts(adapter, plain, draw):
     tokens = draw.tokens(12)
-    contexts = Contexts.of([tokens, tokens[:7]], adapter.device)
-    ours = survey(adapter, contexts, zeros(adapter, 2)).uncertainty
+    texts = PackedTexts.of([tokens, tokens[:7]], adapter.device)
+    ours = survey(adapter, texts, zeros(adapter, 2)).uncertainty
     for index, text in enumerate((tokens, tokens[:7])):
         found = {}
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_tta.adapter import AdapterModel
-from moe_tta.adapter.contexts import Contexts
 from moe_tta.adapter.descent import autograd_gradient
+from moe_tta.adapter.packing import PackedTexts
 from moe_tta.adapter.tail import Tail, survey
 from tests.adapter import independent
 from tests.plugin.engine import sampling
@@ -126,10 +126,10 @@ def _of_tokens(logits, tokens):
 
 def adapter_gradient(adapter, tokens, delta):
     """Return loss and gradient [L, E] of one text at vectors [L, E], on the CPU."""
-    contexts = Contexts.of([tokens], adapter.device)
+    texts = PackedTexts.of([tokens], adapter.device)
     point = delta[None].to(adapter.device)
-    hidden = survey(adapter, contexts, point).inputs[0]
-    tail = Tail(adapter, contexts, hidden, 0, 0)
+    hidden = survey(adapter, texts, point).inputs[0]
+    tail = Tail(adapter, texts, hidden, 0, 0)
     loss, slope = autograd_gradient(tail.loss)(point)
     return loss[0].cpu(), slope[0].cpu()
 

@@ -60,7 +60,7 @@ def test_ties_go_to_the_lowest_id(renormalize):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 def test_runs_of_requests_with_padding(dtype):
-    """As `Contexts.slots` has them; the third request has no row of its own."""
+    """As `PackedTexts.slots` has them; the third request has no row of its own."""
     shape, rule = checks.make_rule(8, 2, False)
     slots = torch.tensor([0] * 5 + [1] * 40 + [0] * 3 + [2] * 44 + [0] * 4).to(dtype)
     checks.check(shape, rule, draw(96, 8), slots, vectors(3, 8), DEVICE)

@@ -9,7 +9,7 @@ import torch
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from moe_tta.adapter import AdapterModel, Outcome, Rerouting, reroute
-from moe_tta.adapter.contexts import Contexts
+from moe_tta.adapter.packing import PackedTexts
 from moe_tta.adapter.tail import Tail, survey
 from moe_tta.vllm_plugin import probe_jobs, probe_scheduler
 from moe_tta.vllm_plugin.probes import PROBE
@@ -43,10 +43,10 @@ def llm(tiny_models, tmp_path_factory):
 def adapter_loss(model, tokens):
     """Return what the adapter minimises, vectors [L, E] -> loss."""
     size = len(model.shape.layers), model.shape.num_experts
-    contexts = Contexts.of([tokens], model.device)
+    texts = PackedTexts.of([tokens], model.device)
     with torch.no_grad():
-        hidden = survey(model, contexts, torch.zeros(1, *size)).inputs[0]
-    tail = Tail(model, contexts, hidden, lowest=0, skip=0)
+        hidden = survey(model, texts, torch.zeros(1, *size)).inputs[0]
+    tail = Tail(model, texts, hidden, lowest=0, skip=0)
     return lambda bias: tail.loss(bias[None])[0]
 
 
