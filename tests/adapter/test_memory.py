@@ -45,18 +45,23 @@ def saved_bytes(tail, delta, weights):
     return sum(size for size, _ in kept.values())
 
 
+@pytest.mark.parametrize("lengths", [(48,), (48, 9, 21)], ids=str)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_memory_grows_with_rows_and_not_with_weights(adapter, draw, recompute):
+def test_memory_grows_with_rows_and_not_with_weights(adapter, draw, lengths, recompute):
     """Kept for backward: a bound per row and layer; no operator makes a weight's copy.
 
     Per row and layer at most: 16 vectors of H outside the experts (residuals, the two
     norms in float32 and out, q, k, v before and after rotation, attention), and for
     each of K experts 3 of H (rows in, out, weighted) and 5 of I; 6 of E for routing.
+    Several texts have 4 of H more for each position of attention, padding included:
+    q, k, v and the result.
     Recomputing keeps the layer's input alone.
     """
-    tokens = draw.tokens(48)
-    texts = PackedTexts.of([tokens], adapter.device)
-    hidden = survey(adapter, texts, zeros(adapter, 1)).inputs[0]
+    texts = [draw.tokens(length) for length in lengths]
+    texts = PackedTexts.of(texts, adapter.device)
+    count, longest, rows = texts.size
+    start = zeros(adapter, count)
+    hidden = survey(adapter, texts, start).inputs[0]
     tail = Tail(adapter, texts, hidden, 0, 0, recompute)
     weights = {w.untyped_storage().data_ptr() for _, w in adapter.weights()}
     config = adapter.config
@@ -67,14 +72,37 @@ def test_memory_grows_with_rows_and_not_with_weights(adapter, draw, recompute):
     row = (
         2 * width if recompute else 16 * width + routed + 6 * adapter.shape.num_experts
     )
-    per_layer = 4 * len(tokens) * row
-    tables = 4 * 4 * adapter.shape.num_experts  # S + 1 rows of each edit
-    head = 4 * len(tokens) * 3 * width  # input of the loss, and the rope's tables
-    kept = saved_bytes(tail, zeros(adapter, 1), weights)
+    padded = 0 if recompute or count == 1 else count * longest * 4 * width
+    per_layer = 4 * (rows * row + padded)
+    tables = 4 * 2 * (count + 1) * adapter.shape.num_experts  # S + 1 rows of each edit
+    head = 4 * rows * 3 * width  # input of the loss, and the rope's tables
+    kept = saved_bytes(tail, start, weights)
     assert kept <= len(adapter.layers) * (per_layer + tables) + head
     with _Largest(weights) as seen:
-        autograd_gradient(tail.loss)(zeros(adapter, 1))
+        autograd_gradient(tail.loss)(zeros(adapter, count))
     experts = adapter.shape.num_experts * 3 * inner * config.hidden_size * 4
-    logits = 4 * len(tokens) * config.vocab_size
-    assert seen.largest <= max(logits, 4 * len(tokens) * routed)
+    logits = 4 * rows * config.vocab_size
+    assert seen.largest <= max(logits, 4 * rows * routed, 4 * count * longest * width)
     assert seen.largest < experts
+
+
+def test_attention_alone_pads(adapter, draw):
+    """Each new position of T keeps q, k, v, the result and a logarithm for each head.
+
+    In all layers but the lowest, whose attention has no gradient; and where a position
+    is found, once for all.
+    """
+    texts = [draw.tokens(length) for length in (40, 9, 21)]
+    weights = {w.untyped_storage().data_ptr() for _, w in adapter.weights()}
+    start, kept, lengths = zeros(adapter, 3), [], (40, 56)
+    for length in lengths:
+        packed = PackedTexts.of(texts, adapter.device, extent=(70, length))
+        hidden = survey(adapter, packed, start).inputs[0]
+        kept.append(saved_bytes(Tail(adapter, packed, hidden, 0, 0), start, weights))
+    queries, keys = (
+        adapter.config.num_attention_heads,
+        adapter.config.num_key_value_heads,
+    )
+    numbers = 2 * (queries + keys) * adapter.layers[0].self_attn.head_dim + queries
+    each = 4 * numbers * (len(adapter.layers) - 1) + 10
+    assert 0 < kept[1] - kept[0] <= 3 * (lengths[1] - lengths[0]) * each

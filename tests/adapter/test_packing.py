@@ -8,6 +8,7 @@ from moe_tta.adapter import AdapterModel
 from moe_tta.adapter.descent import autograd_gradient
 from moe_tta.adapter.packing import PackedTexts
 from moe_tta.adapter.tail import Tail, survey
+from tests.adapter import independent
 from tests.adapter.test_gradient import EPS, relative, size
 
 CPU = torch.device("cpu")
@@ -108,11 +109,11 @@ def test_nan_stays_with_its_text(draw):
     assert not back[packing.padding].any()
 
 
-def measure(model, sequences, delta, starts, extent=None, recompute=False):
+def measure(model, sequences, delta, starts, extent=None, recompute=False, skip=SKIP):
     """Return C_l, losses and gradients of texts in one batch."""
     texts = PackedTexts.of(sequences, model.device, starts, extent)
     found = survey(model, texts, delta)
-    tail = Tail(model, texts, found.inputs[0], 0, SKIP, recompute)
+    tail = Tail(model, texts, found.inputs[0], 0, skip, recompute)
     return found.uncertainty, *autograd_gradient(tail.loss)(delta)
 
 
@@ -132,6 +133,23 @@ def test_packed_texts_are_each_alone(tiny_models, family, draw, extent):
             error = (ours[index] - best[0]).norm()
             rounding = len(rough.layers) * EPS * best.norm()
             assert error <= 2 * (lone - best).norm() + 4 * rounding
+
+
+def test_windows_are_of_each_text(tiny_models, draw):
+    """Mixtral's, which transformers' own model has of one text after another."""
+    path = tiny_models("mixtral")
+    model, plain = AdapterModel.from_checkpoint(path), independent.load(path)
+    model.config.sliding_window = plain.config.sliding_window = 8
+    sequences = [draw.tokens(length) for length in LENGTHS]
+    delta = 0.3 * draw.normal(3, *size(model))
+    _, losses, slope = measure(model, sequences, delta, None, (96, 64), skip=0)
+    for index, tokens in enumerate(sequences):
+        wanted, theirs = independent.context_gradient(plain, tokens, delta[index])
+        assert abs(float(losses[index] - wanted)) <= 1e-5 * float(wanted)
+        assert relative(slope[index], theirs) <= 1e-5
+    model.config.sliding_window = None
+    _, without, _ = measure(model, sequences, delta, None, (96, 64), skip=0)
+    assert relative(without[1:], losses[1:]) > 1e-3
 
 
 @pytest.mark.parametrize("recompute", [False, True])

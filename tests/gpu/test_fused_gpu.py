@@ -25,6 +25,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 from moe_tta.adapter.attention import FusedAttention, Projection
 from moe_tta.adapter.contexts import causal_mask
 from moe_tta.adapter.head import CHUNK, FusedHead
+from moe_tta.adapter.packed_attention import PACKED_SDPA
+from moe_tta.adapter.packing import PackedTexts
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device"
@@ -39,7 +41,8 @@ CASES = {
     "qwen2_moe": (Qwen2MoeAttention, Qwen2MoeConfig, 2048, 16, 16, {}),
     "qwen3_moe": (Qwen3MoeAttention, Qwen3MoeConfig, 2048, 32, 4, {"head_dim": 128}),
 }
-PASSES = ("causal", "windowed", "cached")
+PACKED = 2112  # rows of texts of 328, 308, ... tokens, and of nobody
+PASSES = ("causal", "windowed", "cached", "packed", "packed and windowed")
 
 
 def make_attention(name):
@@ -50,7 +53,7 @@ def make_attention(name):
         hidden_size=hidden,
         num_attention_heads=queries,
         num_key_value_heads=keys,
-        attn_implementation="sdpa",
+        attn_implementation=PACKED_SDPA,
         **more,
     )
     attention = module(config, 0).to(DEVICE, HALF).eval().requires_grad_(False)
@@ -84,10 +87,15 @@ class Before:
 
 def arguments(attention, which):
     shape = ROWS, LENGTH, attention.config.hidden_size
-    hidden = torch.randn(shape, device=DEVICE).to(HALF).requires_grad_()
     positions = torch.arange(LENGTH, device=DEVICE)[None]
-    mask = cache = None
-    if which == "windowed":
+    mask = cache = packing = None
+    if "packed" in which:
+        texts = [[2] * (LENGTH - 20 * row) for row in range(ROWS)]
+        texts = PackedTexts.of(texts, DEVICE, extent=(PACKED, LENGTH))
+        shape = 1, PACKED, attention.config.hidden_size
+        positions, packing = texts.positions, texts.packing
+    hidden = torch.randn(shape, device=DEVICE).to(HALF).requires_grad_()
+    if "windowed" in which:
         mask = causal_mask(LENGTH, WINDOW, DEVICE)
     if which == "cached":
         shift = BEFORE - torch.arange(ROWS, device=DEVICE)[:, None] % 3
@@ -103,6 +111,7 @@ def arguments(attention, which):
         "position_embeddings": tables,
         "attention_mask": mask,
         "past_key_values": cache,
+        "packing": packing,
     }
 
 
