@@ -45,8 +45,9 @@ class AdapterSettings(BaseModel):
         budget: Tokens that the adapter reads in each step of the engine, on average;
             a unit of its work is never cut.
         max_context: Longest text that it reads: its memory grows with it.
-        batch_tokens: Most tokens, padding included, that it reads of several requests
-            at once, where they ask for the same work; its memory grows with this, too.
+        batch_tokens: Most tokens that it reads of several requests at once, where they
+            ask for the same work, each counted as long as the longest, to which
+            attention pads it; its memory grows with this, too.
             0 reads each text by itself, so that a request's roundings are its own.
     """
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class RerouteService:
-    """Makes rerouting jobs; requests that share one never meet, but in its padding."""
+    """Makes rerouting jobs; requests that share one never meet."""
 
     def __init__(self, model: AdapterModel):
         self._model = model

@@ -31,8 +31,8 @@ class RoundQueue:
 
     Args:
         budget: Tokens of adapter work a step, on average.
-        batch_tokens: Most tokens, padding included, that rounds of several requests
-            read in one job.
+        batch_tokens: Most rounds in one job, times its longest text; to that length
+            attention pads each text.
     """
 
     def __init__(self, budget: int, batch_tokens: int = 0):
@@ -189,8 +189,8 @@ class RoundQueue:
         return found
 
     def _cost(self) -> int:
-        longest = max(progress.next.context for progress in self._job)
-        return len(self._job) * self._job[0].rounds.work.cost(self._unit, longest)
+        work = self._job[0].rounds.work
+        return sum(work.cost(self._unit, p.next.context) for p in self._job)
 
     def _do_unit(self) -> Iterator[Order]:
         if self._unit == 1:

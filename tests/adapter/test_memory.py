@@ -86,23 +86,25 @@ def test_memory_grows_with_rows_and_not_with_weights(adapter, draw, lengths, rec
     assert seen.largest < experts
 
 
-def test_attention_alone_pads(adapter, draw):
-    """Each new position of T keeps q, k, v, the result and a logarithm for each head.
+@pytest.mark.parametrize("window", [None, 8])
+def test_attention_alone_pads(adapter, draw, window):
+    """A position of T keeps q, k, v, the result and a logarithm for each query head.
 
     In all layers but the lowest, whose attention has no gradient; and where a position
-    is found, once for all.
+    is found, once for all. With a window there are keys for each query head and a mask.
     """
+    config, lengths, kept, wanted = adapter.config, (40, 56), [], []
+    config.sliding_window = window
     texts = [draw.tokens(length) for length in (40, 9, 21)]
     weights = {w.untyped_storage().data_ptr() for _, w in adapter.weights()}
-    start, kept, lengths = zeros(adapter, 3), [], (40, 56)
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    heads = 2 * (queries + (queries if window else keys))
+    numbers = heads * adapter.layers[0].self_attn.head_dim + queries
+    start = zeros(adapter, 3)
     for length in lengths:
         packed = PackedTexts.of(texts, adapter.device, extent=(70, length))
         hidden = survey(adapter, packed, start).inputs[0]
         kept.append(saved_bytes(Tail(adapter, packed, hidden, 0, 0), start, weights))
-    queries, keys = (
-        adapter.config.num_attention_heads,
-        adapter.config.num_key_value_heads,
-    )
-    numbers = 2 * (queries + keys) * adapter.layers[0].self_attn.head_dim + queries
-    each = 4 * numbers * (len(adapter.layers) - 1) + 10
-    assert 0 < kept[1] - kept[0] <= 3 * (lengths[1] - lengths[0]) * each
+        layer = 4 * (3 * length * numbers + (length**2 if window else 0))
+        wanted.append((len(adapter.layers) - 1) * layer + 10 * 3 * length)
+    assert kept[1] - kept[0] == wanted[1] - wanted[0]

@@ -234,16 +234,15 @@ def test_the_queue_batches_equal_work():
     assert queue.orders(idle=True) == []
 
 
-def test_a_batch_costs_its_padding_and_outlives_its_members():
+def test_a_batch_costs_its_texts_and_outlives_its_members():
     queue = RoundQueue(budget=40, batch_tokens=90)
     for name, tokens in (("a", 10), ("b", 20), ("c", 15), ("d", 12)):
         queue.add(*asking(name, tokens, Schedule(0), tokens, BATCHED))
-    assert queue.orders(idle=False) == []  # 4 x 20 of 40
+    assert queue.orders(idle=False) == []  # 57 of 40
     assert readers_of(queue.orders(idle=False)) == [["a", "b", "c", "d"]]
     queue.remove("a")
     queue.remove("b")
-    assert queue.orders(idle=False) == []  # 2 x 2 x 15 of 40
-    assert queue.orders(idle=False) == [Advance()]  # of 80
+    assert queue.orders(idle=False) == [Advance()]  # 2 x 27 of 23 + 40
     queue.remove("d")
     assert queue.orders(idle=False) == [Advance(), End("c", 14)]
     assert queue.orders(idle=True) == []
