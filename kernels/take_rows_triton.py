@@ -16,13 +16,13 @@ def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Take as `take_rows.take_rows`, bit for bit.
 
     Args:
-        rows: [N, ...], each row contiguous; N times its stride less than 2^63.
+        rows: [N, ...]; made contiguous first if its rows are in pieces.
         index: See there.
     """
-    rest = rows.shape[1:]
-    taken = rows.new_empty(len(index), *rest)
-    width = rest.numel()
-    assert rows[:1].view(-1).numel() == width  # a row in one piece
+    if not rows[:1].is_contiguous():
+        rows = rows.contiguous()
+    taken = rows.new_empty(len(index), *rows.shape[1:])
+    width = rows[:1].numel()
     grid = len(index), -(-width // _BLOCK), 1
     kind = width, rows.stride(0), rows.dtype
     if taken.numel():

@@ -8,84 +8,79 @@ spread to [R, T], and its result is gathered again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from moe_tta.kernels import take_rows
+
 
 class Packing(NamedTuple):
     """Where the rows [1, N] of R texts stand in attention's layout [R, T].
 
-    Both moves copy. Backward, too, each number is read from one place: nothing is
-    added, so that results repeat. Padding passes no gradient on: causal attention of
-    real rows does not see it, and nothing reads its result. Numbers of one text never
-    reach another, NaN included.
+    Both moves copy, and so do their gradients: nothing is added, so that results
+    repeat. What is padding in one layout, or nobody's in the other, is 0 after a move
+    and passes no gradient on: numbers of one text never reach another, NaN included.
     """
 
-    places: torch.Tensor  # [R, T] int64: row of a position; its text's last for padding
-    columns: torch.Tensor  # [N] int64: index of R T for each row; 0 for nobody's
-    padding: torch.Tensor  # [R, T] bool
-    nobody: torch.Tensor  # [N] bool: rows of no text
+    places: torch.Tensor  # [R, T] int64: row of a position; -1 for padding
+    columns: torch.Tensor  # [N] int64: index of R T for each row; -1 for nobody's
 
     def spread(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return [R, T, ...] of rows [1, N, ...]; padding repeats its text's last row.
+        """Return [R, T, ...] of rows [1, N, ...].
 
         One text as long as all rows is returned as it is, with nobody's as padding.
         """
-        return rows if self._is_whole else _Spread.apply(rows, self)
+        if self._is_whole:
+            return rows
+        return _Move.apply(rows, self.places, self.columns[None])
 
     def gather(self, spread: torch.Tensor) -> torch.Tensor:
-        """Return rows [1, N, ...] of [R, T, ...]; 0 in those of nobody.
+        """Return rows [1, N, ...] of [R, T, ...].
 
         One text as long as all rows is returned as it is.
         """
-        return spread if self._is_whole else _Gather.apply(spread, self)
+        if self._is_whole:
+            return spread
+        return _Move.apply(spread, self.columns[None], self.places)
 
     @property
     def _is_whole(self) -> bool:
         return self.places.shape == (1, len(self.columns))
 
 
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
-        ctx.save_for_backward(*packing)
-        return _at_places(rows, packing)
+class _Move(torch.autograd.Function):
+    """From one layout to another, whose numbers in the first are `index`."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _at_columns(grad, Packing(*ctx.saved_tensors)), None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, spread: torch.Tensor, packing: Packing) -> torch.Tensor:
-        ctx.save_for_backward(*packing)
-        return _at_columns(spread, packing)
+    def forward(
+        ctx: Any, values: torch.Tensor, index: torch.Tensor, back: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        return _take(values, index)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        packing = Packing(*ctx.saved_tensors)
-        return _clear(_at_places(grad, packing), packing.padding), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return _take(grad, back), None, None
 
 
-def _at_places(rows: torch.Tensor, packing: Packing) -> torch.Tensor:
-    taken = rows[0].index_select(0, packing.places.flatten())
-    return taken.unflatten(0, packing.places.shape)
+def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return [..., W...] of values [A, B, W...] at an index of A B."""
+    take = _taker(values.device)
+    return take(values.flatten(0, 1), index.flatten()).unflatten(0, index.shape)
 
 
-def _at_columns(spread: torch.Tensor, packing: Packing) -> torch.Tensor:
-    taken = spread.flatten(0, 1).index_select(0, packing.columns)
-    return _clear(taken, packing.nobody)[None]
+def _taker(device: torch.device) -> Callable[..., torch.Tensor]:
+    """Return the kernel's `take_rows` on a GPU, and the plain one elsewhere."""
+    if device.type != "cuda":
+        return take_rows.take_rows
+    from moe_tta.kernels import take_rows_triton
 
-
-def _clear(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Set values to 0, in place; the mask is of their first dimensions."""
-    return values.masked_fill_(where[(..., *[None] * (values.dim() - where.dim()))], 0)
+    return take_rows_triton.take_rows
 
 
 class PackedTexts(NamedTuple):
@@ -143,15 +138,13 @@ def _pack(
     rows = torch.arange(len(tokens), device=tokens.device)
     steps = torch.arange(longest, device=tokens.device)
     ends = lengths.cumsum(0)
-    begins, last = ends - lengths, (lengths - 1)[:, None]
+    begins = ends - lengths
     nobody = rows >= ends[-1]
     owners = torch.searchsorted(ends, rows, right=True).clamp_max(len(lengths) - 1)
     positions = torch.where(nobody, 0, rows - begins[owners])
     packing = Packing(
-        begins[:, None] + torch.minimum(steps, last),
-        torch.where(nobody, 0, owners * longest + positions),
-        steps > last,
-        nobody,
+        torch.where(steps < lengths[:, None], begins[:, None] + steps, -1),
+        torch.where(nobody, -1, owners * longest + positions),
     )
     takes = ~nobody & (positions >= first[owners])
     slots = torch.where(takes, 1 + owners, 0)

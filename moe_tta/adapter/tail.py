@@ -50,7 +50,7 @@ def survey(model: AdapterModel, texts: PackedTexts, delta: torch.Tensor) -> Surv
         texts: R of them.
         delta: [R, L, E] vectors in force.
     """
-    packing = texts.packing
+    packing, padding = texts.packing, texts.packing.places < 0
     count, num_layers = len(texts.lengths), len(model.shape.layers)
     sums = torch.zeros(count, num_layers, device=model.device)
     places = {number: index for index, number in enumerate(model.shape.layers)}
@@ -60,7 +60,7 @@ def survey(model: AdapterModel, texts: PackedTexts, delta: torch.Tensor) -> Surv
         shifted = logits.float() + shifts[texts.slots, places[number]]
         logs = torch.log_softmax(shifted, dim=1).gather(1, chosen.topk_ids.long())
         means = packing.spread(-logs.mean(dim=1)[None])
-        sums[:, places[number]] = torch.where(packing.padding, 0.0, means).sum(dim=1)
+        sums[:, places[number]] = torch.where(padding, 0.0, means).sum(dim=1)
 
     hidden = model.embed(texts.tokens)
     shared = _shared(model, hidden, texts.positions, packing)

@@ -29,10 +29,8 @@ def test_texts_by_hand():
     assert texts.positions.tolist() == [[0, 1, 2, 0, 0, 1, 0, 0]]
     assert texts.slots.tolist() == [0, 1, 1, 2, 0, 0, 0, 0]
     packing = texts.packing
-    assert packing.places.tolist() == [[0, 1, 2, 2], [3, 3, 3, 3], [4, 5, 5, 5]]
-    assert packing.columns.tolist() == [0, 1, 2, 4, 8, 9, 0, 0]
-    assert packing.nobody.tolist() == [False] * 6 + [True] * 2
-    assert packing.padding.sum(dim=1).tolist() == [1, 3, 2]
+    assert packing.places.tolist() == [[0, 1, 2, -1], [3, -1, -1, -1], [4, 5, -1, -1]]
+    assert packing.columns.tolist() == [0, 1, 2, 4, 8, 9, -1, -1]
     assert texts.scored(0).sum(dim=1).tolist() == [2, 0, 1]
     assert texts.scored(2)[0].tolist() == [False, True, False, False]
 
@@ -40,17 +38,18 @@ def test_texts_by_hand():
 def test_the_extent_is_what_texts_need():
     texts = PackedTexts.of([[5, 6, 7], [8]], CPU)
     assert texts.size == (2, 3, 4)
-    assert not texts.packing.nobody.any()
+    assert texts.packing.columns.min() == 0
 
 
 @pytest.mark.parametrize("extent", [None, (13, 8)])
 def test_moves_are_plain_indexing(draw, extent):
-    """Forward and back, where padding's part counts for nothing."""
+    """Forward and back, where padding is 0 and counts for nothing."""
     packing = packing_of((3, 1, 5), extent)
-    count, real = len(packing.columns), ~packing.padding
+    count, real = len(packing.columns), packing.places >= 0
     rows = draw.normal(1, count, 2, 3).requires_grad_()
     spread = packing.spread(rows)
-    assert torch.equal(spread, rows[0][packing.places])
+    assert torch.equal(spread[real], rows[0, : 3 + 1 + 5])
+    assert not spread[~real].any()
     grad = draw.normal(*spread.shape)
     wanted = torch.zeros_like(rows)
     wanted[0, packing.places[real]] = grad[real]
@@ -59,7 +58,7 @@ def test_moves_are_plain_indexing(draw, extent):
     apart = draw.normal(*spread.shape).requires_grad_()
     gathered = packing.gather(apart)
     assert torch.equal(gathered[0, : 3 + 1 + 5], apart[real])
-    assert not gathered[0, packing.nobody].any()
+    assert not gathered[0, 3 + 1 + 5 :].any()
     grad = draw.normal(*gathered.shape)
     wanted = torch.zeros_like(apart)
     wanted[real] = grad[0, : 3 + 1 + 5]
@@ -70,11 +69,7 @@ def test_moves_have_the_gradient_of_differences(draw):
     packing = packing_of((3, 1, 4), (10, 5))
     rows = draw.normal(1, 10, 2).double().requires_grad_()
     apart = draw.normal(3, 5, 2).double().requires_grad_()
-
-    def real_alone(rows):
-        return packing.spread(rows)[~packing.padding]
-
-    assert torch.autograd.gradcheck(real_alone, (rows,))
+    assert torch.autograd.gradcheck(packing.spread, (rows,))
     assert torch.autograd.gradcheck(packing.gather, (apart,))
     whole = packing_of((3,))
     assert torch.autograd.gradcheck(whole.spread, (rows[:, :3],))
@@ -93,20 +88,21 @@ def test_nan_stays_with_its_text(draw):
     packing = packing_of((3, 1, 4), (10, 5))
     rows = draw.normal(1, 10, 2)
     rows[:, :3] = rows[:, 8:] = NAN
+    real = packing.places >= 0
     spread = packing.spread(rows.requires_grad_())
-    assert spread[0].isnan().all()
+    assert spread[0, :3].isnan().all()
     assert spread[1:].isfinite().all()
     grad = torch.full_like(spread, NAN)
-    grad[1:][~packing.padding[1:]] = 1.0
+    grad[1:][real[1:]] = 1.0
     (back,) = torch.autograd.grad(spread, rows, grad)
     assert back.isfinite()[0, :, 0].tolist() == [False] * 3 + [True] * 7
 
     apart = spread.detach().clone()
-    apart[packing.padding] = NAN
+    apart[~real] = NAN
     gathered = packing.gather(apart.requires_grad_())
     assert gathered.isfinite()[0, :, 0].tolist() == [False] * 3 + [True] * 7
     (back,) = torch.autograd.grad(gathered, apart, torch.full_like(gathered, NAN))
-    assert not back[packing.padding].any()
+    assert not back[~real].any()
 
 
 def measure(model, sequences, delta, starts, extent=None, recompute=False, skip=SKIP):
