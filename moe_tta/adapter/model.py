@@ -140,14 +140,9 @@ class AdapterModel:
         cache: Any = None,
         packing: Packing | None = None,
     ) -> Shared:
-        """Prepare a pass over hidden states.
+        """Prepare a pass over hidden states at absolute positions [R or 1, T].
 
-        Args:
-            hidden: [R, T, H]; packed, [1, N, H].
-            positions: [R or 1, T], within each text; packed, [1, N].
-            mask: [R or 1, 1, T, keys] bool; `None` is causal.
-            cache: Has `update(keys, values, layer)`; not for packed rows.
-            packing: Of the rows, if they are packed.
+        With a packing, which takes no cache: [1, N, H] at positions [1, N] in texts.
         """
         rope = self.lm.model.rotary_emb(hidden, position_ids=positions)
         return Shared(rope, mask, cache, packing)
