@@ -110,6 +110,7 @@ def descent_steps(
     lr: float,
     steps: int,
     clip: float,
+    first: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Generator[None, None, Descent]:
     """Take `steps` steps of a `Walk`; pauses after each of them.
 
@@ -124,10 +125,12 @@ def descent_steps(
         lr: See there.
         steps: How many.
         clip: See there.
+        first: The gradient at the start, if it is known.
     """
     walk = Walk(start, rates, optimizer, lr, clip)
-    for _ in range(steps):
-        walk.step(*gradient(walk.delta))
+    for number in range(steps):
+        known = number == 0 and first is not None
+        walk.step(*(first if known else gradient(walk.delta)))
         yield
     return walk.end(loss(walk.delta))
 

@@ -49,9 +49,18 @@ class Passes:
         """Return N rows for texts of these lengths, and T, attention's length."""
         return sum(lengths), max(lengths)
 
-    def lowest(self, rows: int, layer: int, layers: int) -> int:
-        """Return where a tail of N rows begins that shall reach down to `layer`."""
-        return layer
+    def starts(self, rows: int, layers: int) -> range:
+        """Return before which MoE layers a tail of N rows may begin, of so many."""
+        return range(layers)
+
+    def keep(self, hidden: torch.Tensor, place: int) -> torch.Tensor:
+        """Return what holds hidden states [1, N, H] until the next pass that keeps.
+
+        Args:
+            hidden: Within a pass, before the layer `starts` has at `place`.
+            place: From 0 on.
+        """
+        return hidden
 
     def call(self, size: Size, run: Pass, inputs: Tensors) -> Tensors:
         """Return what `run` gives for the inputs; it holds until the next pass.
@@ -86,6 +95,7 @@ class Graphs(Passes):
         self._most_rows = most_rows
         # `None` where a size was seen once
         self._kept: OrderedDict[Size, Captured | None] = OrderedDict()
+        self._rooms: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return sum(captured is not None for captured in self._kept.values())
@@ -97,10 +107,19 @@ class Graphs(Passes):
         rows, length = (-(-size // multiple) * multiple for size in exact)
         return (rows, length) if rows <= self._most_rows else exact
 
-    def lowest(self, rows: int, layer: int, layers: int) -> int:
-        """Return where a tail of N rows begins that shall reach down to `layer`."""
-        small = rows <= self._most_rows
-        return layer - layer % max(1, layers // 8) if small else layer
+    def starts(self, rows: int, layers: int) -> range:
+        """Return before which MoE layers a tail of N rows may begin, of so many."""
+        return range(0, layers, max(1, layers // 8) if rows <= self._most_rows else 1)
+
+    def keep(self, hidden: torch.Tensor, place: int) -> torch.Tensor:
+        """Hold hidden states where all graphs put those of this place."""
+        rows = hidden.shape[1]
+        if rows > self._most_rows:
+            return hidden
+        if place not in self._rooms:
+            size = 1, self._most_rows, hidden.shape[2]
+            self._rooms[place] = hidden.new_empty(size)
+        return self._rooms[place][:, :rows].copy_(hidden)
 
     def call(self, size: Size, run: Pass, inputs: Tensors) -> Tensors:
         """Do so by a graph, if one was captured.
@@ -108,12 +127,13 @@ class Graphs(Passes):
         Raises:
             torch.OutOfMemoryError: all graphs are let go of.
         """
-        if size.texts * size.tokens > self._most_rows:
+        if size.rows > self._most_rows:
             return run(*inputs)
         try:
             return self._call(size, run, inputs)
         except torch.OutOfMemoryError:
             self._kept.clear()
+            self._rooms.clear()
             raise
 
     def _call(self, size: Size, run: Pass, inputs: Tensors) -> Tensors:

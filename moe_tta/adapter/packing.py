@@ -121,6 +121,11 @@ class PackedTexts(NamedTuple):
         """R, T and N."""
         return (*self.packing.places.shape, self.tokens.shape[1])
 
+    @property
+    def targets(self) -> torch.Tensor:
+        """The token that follows each row, [N]; any where none of its text does."""
+        return self.tokens.roll(-1, dims=1).reshape(-1)
+
     def scored(self, skip: int) -> torch.Tensor:
         """Which positions predict a token that counts, [R, T] bool.
 

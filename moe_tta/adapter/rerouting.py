@@ -14,13 +14,15 @@ from moe_tta.adapter.choice import hard_choice, named_choice, soft_choice
 from moe_tta.adapter.descent import (
     OPTIMIZERS,
     Descent,
+    Gradient,
     descent_steps,
 )
 from moe_tta.adapter.errors import AdapterError
 from moe_tta.adapter.model import AdapterModel
 from moe_tta.adapter.packing import PackedTexts
 from moe_tta.adapter.spsa import spsa_gradient
-from moe_tta.adapter.tail import Survey, Tail, survey
+from moe_tta.adapter.survey import Survey, opening, survey
+from moe_tta.adapter.tail import Tail
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Rerouting:
         for name, values in allowed.items():
             if (given := getattr(self, name)) not in values:
                 raise ValueError(f"{name} is {given!r}, expected one of {values}")
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, expected at least 1")
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}, expected more than 0, at most 1")
         if self.layers is not None and not self.layers:
@@ -78,13 +82,13 @@ class Rerouting:
     def passes(self) -> tuple[int, ...]:
         """Forward passes over the context that each unit of a round costs.
 
-        Units: the survey, every step, the last loss. A backward pass counts as one
-        forward, which is about its cost.
+        Units: every step, of which the first is the survey, too, and the last loss;
+        with `spsa` the survey before. A backward pass counts as one forward, which is
+        about its cost.
         """
-        step = 2 + self.recompute
         if self.optimizer == "spsa":
-            step = 2 * self.pairs
-        return (1, *[step] * self.steps, 1)
+            return (1, *[2 * self.pairs] * self.steps, 1)
+        return (*[2 + self.recompute] * self.steps, 1)
 
 
 class Outcome(Enum):
@@ -116,7 +120,7 @@ class Round:
 def round_units(
     model: AdapterModel, texts: PackedTexts, delta: torch.Tensor, settings: Rerouting
 ) -> Generator[None, None, list[Round]]:
-    """Run a round; pause after the survey and after each step.
+    """Run a round; pause after each step, and after a survey that is none.
 
     Args:
         model: The adapter.
@@ -124,34 +128,22 @@ def round_units(
         delta: [R, L, E] f32 vectors in force.
         settings: The same for all.
     """
-    surveyed = survey(model, texts, delta)
-    rates = layer_rates(model, surveyed, settings)
-    lowest = int((rates > 0).any(dim=0).nonzero()[0])
-    rows = texts.tokens.shape[1]
-    lowest = model.passes.lowest(rows, lowest, rates.shape[1])
-    tail = Tail(
-        model,
-        texts,
-        surveyed.inputs[lowest],
-        lowest,
-        settings.skip,
-        settings.recompute,
-    )
-    del surveyed  # the other layers' inputs
-    yield
-    gradient = tail.gradient
+    first = None
     if settings.optimizer == "spsa":
-        generator = torch.Generator().manual_seed(settings.seed)
-        gradient = partial(
-            spsa_gradient,
-            tail.value,
-            free=rates > 0,
-            radius=settings.radius,
-            pairs=settings.pairs,
-            generator=generator,
+        surveyed = survey(model, texts, delta)
+        yield
+    else:
+        lowest = min(_named_places(model, settings) or (0,))
+        surveyed, *first = opening(
+            model, texts, delta, settings.skip, lowest, settings.recompute
         )
+    rates = layer_rates(model, surveyed, settings)
+    lowest, hidden = surveyed.below(int((rates > 0).any(dim=0).nonzero()[0]))
+    # the other layers' inputs go, and what a graph may overwrite is copied
+    hidden, surveyed = hidden.clone(), None
+    tail = Tail(model, texts, hidden, lowest, settings.skip, settings.recompute)
     done = yield from descent_steps(
-        gradient,
+        _gradient(tail, rates, settings),
         tail.value,
         delta,
         rates,
@@ -159,8 +151,22 @@ def round_units(
         settings.lr,
         settings.steps,
         settings.clip,
+        first,
     )
     return _report(model, done, rates)
+
+
+def _gradient(tail: Tail, rates: torch.Tensor, settings: Rerouting) -> Gradient:
+    if settings.optimizer != "spsa":
+        return tail.gradient
+    return partial(
+        spsa_gradient,
+        tail.value,
+        free=rates > 0,
+        radius=settings.radius,
+        pairs=settings.pairs,
+        generator=torch.Generator().manual_seed(settings.seed),
+    )
 
 
 def layer_rates(
@@ -173,14 +179,19 @@ def layer_rates(
     """
     uncertainty = surveyed.uncertainty
     if settings.layers is not None:
-        known = model.shape.layers
-        if foreign := set(settings.layers) - set(known):
-            raise AdapterError(f"layers {sorted(foreign)} are none of {list(known)}")
-        places = [known.index(layer) for layer in settings.layers]
+        places = _named_places(model, settings)
         return named_choice(uncertainty.shape, places, uncertainty.device).float()
     if settings.choice == "soft":
         return soft_choice(uncertainty, settings.sign)
     return hard_choice(uncertainty, settings.share, settings.sign).float()
+
+
+def _named_places(model: AdapterModel, settings: Rerouting) -> tuple[int, ...]:
+    """Return positions of the layers that the settings name, if any, in MoE layers."""
+    known, named = model.shape.layers, settings.layers or ()
+    if foreign := set(named) - set(known):
+        raise AdapterError(f"layers {sorted(foreign)} are none of {list(known)}")
+    return tuple(known.index(layer) for layer in named)
 
 
 def _report(model: AdapterModel, done: Descent, rates: torch.Tensor) -> list[Round]:

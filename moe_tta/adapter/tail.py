@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rerouting's forward: lower layers once a round, the tail once a step."""
+"""The layers that a round of rerouting runs in every step."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 
@@ -15,14 +13,6 @@ from moe_tta.adapter.loss import token_nll
 from moe_tta.adapter.model import AdapterModel, Shared
 from moe_tta.adapter.packing import PackedTexts, Packing
 from moe_tta.adapter.routing import LayerEdit
-from moe_tta.kernels.reference import Routing
-
-
-class Survey(NamedTuple):
-    """What one plain pass over R packed texts leaves; L MoE layers, N rows."""
-
-    inputs: list[torch.Tensor]  # L times [1, N, H]: hidden states before the layer
-    uncertainty: torch.Tensor  # [R, L] f32, C_l in nats
 
 
 def delta_edits(
@@ -36,52 +26,36 @@ def delta_edits(
     }
 
 
-@torch.no_grad()
-def survey(model: AdapterModel, texts: PackedTexts, delta: torch.Tensor) -> Survey:
-    """Run the texts once, without gradients, and score the layers.
-
-    `C_l = -(1/k) sum_j log p_lj` over the k chosen experts, averaged over the text.
-
-    Source: Rewiring Experts on the Fly (arXiv 2510.14853).
-    Differs: the average over tokens is ours; the paper's is unconfirmed.
-
-    Args:
-        model: The adapter.
-        texts: R of them.
-        delta: [R, L, E] vectors in force.
-    """
-    packing, padding = texts.packing, texts.packing.places < 0
-    count, num_layers = len(texts.lengths), len(model.shape.layers)
-    sums = torch.zeros(count, num_layers, device=model.device)
-    places = {number: index for index, number in enumerate(model.shape.layers)}
-    shifts = torch.cat([torch.zeros_like(delta[:1]), delta])
-
-    def watch(number: int, logits: torch.Tensor, chosen: Routing) -> None:
-        shifted = logits.float() + shifts[texts.slots, places[number]]
-        logs = torch.log_softmax(shifted, dim=1).gather(1, chosen.topk_ids.long())
-        means = packing.spread(-logs.mean(dim=1)[None])
-        sums[:, places[number]] = torch.where(padding, 0.0, means).sum(dim=1)
-
-    hidden = model.embed(texts.tokens)
-    shared = _shared(model, hidden, texts.positions, packing)
-    edits = delta_edits(model, delta, texts.slots)
-    inputs = []
-    for number in range(model.shape.layers[-1] + 1):
-        if number in places:
-            inputs.append(hidden)
-        hidden = model.run(hidden, range(number, number + 1), shared, edits, watch)
-    return Survey(inputs, sums / texts.lengths[:, None])
-
-
-def _shared(
+def shared_by_texts(
     model: AdapterModel,
     hidden: torch.Tensor,
     positions: torch.Tensor,
     packing: Packing,
 ) -> Shared:
+    """Prepare a pass over packed texts: hidden states [1, N, H] at positions [1, N]."""
     length = packing.places.shape[1]
     mask = causal_mask(length, attention_window(model.config), hidden.device)
     return model.shared(hidden, positions, mask, packing=packing)
+
+
+def text_losses(
+    model: AdapterModel,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    scored: torch.Tensor,
+    packing: Packing,
+) -> torch.Tensor:
+    """Return each text's mean -log P in nats, [R]; NaN for one without a scored token.
+
+    Args:
+        model: The adapter.
+        hidden: [1, N, H] after the last layer.
+        targets: [N] token ids.
+        scored: [R, T] bool, positions that count.
+        packing: Of the rows.
+    """
+    values = packing.spread(token_nll(model, hidden[0], targets)[None])
+    return torch.where(scored, values, 0.0).sum(dim=1) / scored.sum(dim=1)
 
 
 class Tail:
@@ -90,7 +64,7 @@ class Tail:
     Args:
         model: The adapter.
         texts: R of them.
-        hidden: [1, N, H] before MoE layer `lowest`, from `survey`.
+        hidden: [1, N, H] before MoE layer `lowest`, from `survey` or `opening`.
         lowest: Position in `shape.layers` of the lowest layer to take gradients in.
         skip: Tokens at the head of each text that are not scored.
         recompute: See `AdapterModel.run`.
@@ -111,7 +85,7 @@ class Tail:
             hidden,
             texts.positions,
             texts.slots,
-            texts.tokens.roll(-1, dims=1).reshape(-1),
+            texts.targets,
             texts.scored(skip),
             *texts.packing,
         )
@@ -155,7 +129,6 @@ class Tail:
         model, packing = self._model, Packing(*parts)
         layers = range(self._first, model.config.num_hidden_layers)
         edits = delta_edits(model, delta, slots)
-        shared = _shared(model, hidden, positions, packing)
+        shared = shared_by_texts(model, hidden, positions, packing)
         hidden = model.run(hidden, layers, shared, edits, recompute=self._recompute)
-        values = packing.spread(token_nll(model, hidden[0], targets)[None])
-        return torch.where(scored, values, 0.0).sum(dim=1) / scored.sum(dim=1)
+        return text_losses(model, hidden, targets, scored, packing)

@@ -7,7 +7,8 @@ import torch
 from moe_tta.adapter import AdapterModel
 from moe_tta.adapter.descent import autograd_gradient
 from moe_tta.adapter.packing import PackedTexts
-from moe_tta.adapter.tail import Tail, survey
+from moe_tta.adapter.survey import survey
+from moe_tta.adapter.tail import Tail
 from tests.adapter import independent
 
 EPS = torch.finfo(torch.float32).eps

@@ -92,8 +92,8 @@ def test_rounds_by_graphs_are_rounds(tiny_models, draw, optimizer):
             assert ours.layers == theirs.layers
             assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
             torch.testing.assert_close(ours.delta, theirs.delta, rtol=0, atol=2e-4)
-    # the last loss and, with gradients, the step
-    assert captures.made == (2 if optimizer == "adam" else 1)
+    # the last loss and, with gradients, the opening and the step
+    assert captures.made == (3 if optimizer == "adam" else 1)
     assert captures.replayed > captures.made
 
 
@@ -103,7 +103,9 @@ def test_large_passes_run_as_they_are():
     for _ in range(3):
         graphs.call(Size("pass", 2, 33, 66), double, (torch.ones(2),))
     assert captures.made == 0
-    assert graphs.lowest(66, 47, 48) == 47
+    assert graphs.starts(66, 48) == range(48)
+    hidden = torch.ones(1, 66, 3)
+    assert graphs.keep(hidden, 0) is hidden
 
 
 def test_sizes_are_rounded_where_passes_are_small():
@@ -118,5 +120,34 @@ def test_sizes_are_rounded_where_passes_are_small():
 
 def test_tails_begin_at_rounded_layers():
     graphs = Graphs(Captures())
-    assert [graphs.lowest(32, n, 48) for n in (0, 5, 6, 47)] == [0, 0, 6, 42]
-    assert [graphs.lowest(32, n, 4) for n in range(4)] == [0, 1, 2, 3]
+    assert list(graphs.starts(32, 48)) == [0, 6, 12, 18, 24, 30, 36, 42]
+    assert list(graphs.starts(32, 4)) == [0, 1, 2, 3]
+
+
+def test_what_is_kept_has_one_room_for_all_sizes():
+    graphs = Graphs(Captures(), most_rows=64)
+    first = graphs.keep(torch.ones(1, 3, 2), 0)
+    other = graphs.keep(2 * torch.ones(1, 3, 2), 1)
+    assert first.tolist() == [[[1.0, 1.0]] * 3]
+    second = graphs.keep(3 * torch.ones(1, 64, 2), 0)
+    assert second.data_ptr() == first.data_ptr() != other.data_ptr()
+    assert first.unique().item() == 3
+    assert other.unique().item() == 2
+
+
+def test_tails_begin_where_the_choice_wants_them(tiny_models, draw):
+    """One text of several sizes that choose layers by themselves."""
+    plain = AdapterModel.from_checkpoint(tiny_models("olmoe"))
+    graphed = AdapterModel.from_checkpoint(tiny_models("olmoe"))
+    graphed.passes = Graphs(Captures())
+    settings = Rerouting(steps=2, lr=0.02, share=0.25)
+    chosen = set()
+    for length in (20, 31, 33, 20, 32, 50, 64, 9):
+        text = draw.tokens(length)
+        start = draw.normal(1, *size(plain))
+        [wanted] = reroute(plain, [text], start, settings)
+        [found] = reroute(graphed, [text], start, settings)
+        assert found.layers == wanted.layers
+        assert found.losses == pytest.approx(wanted.losses, rel=1e-5)
+        chosen.add(found.layers)
+    assert len(chosen) > 1

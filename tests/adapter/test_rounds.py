@@ -6,7 +6,8 @@ import torch
 
 from moe_tta.adapter import AdapterError, AdapterModel, Outcome, Rerouting, reroute
 from moe_tta.adapter.packing import PackedTexts
-from moe_tta.adapter.tail import Tail, survey
+from moe_tta.adapter.survey import survey
+from moe_tta.adapter.tail import Tail
 from tests.adapter import independent
 from tests.adapter.test_gradient import relative, size
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from moe_tta.adapter import AdapterModel
 from moe_tta.adapter.descent import autograd_gradient
 from moe_tta.adapter.packing import PackedTexts
-from moe_tta.adapter.tail import Tail, survey
+from moe_tta.adapter.survey import survey
+from moe_tta.adapter.tail import Tail
 from tests.adapter import independent
 from tests.plugin.engine import sampling
 

@@ -10,7 +10,8 @@ from vllm.v1.engine.output_processor import OutputProcessor
 
 from moe_tta.adapter import AdapterModel, Outcome, Rerouting, reroute
 from moe_tta.adapter.packing import PackedTexts
-from moe_tta.adapter.tail import Tail, survey
+from moe_tta.adapter.survey import survey
+from moe_tta.adapter.tail import Tail
 from moe_tta.vllm_plugin import probe_jobs, probe_scheduler
 from moe_tta.vllm_plugin.probes import PROBE
 from tests.plugin.engine import engine, generate, outputs, sampling, status

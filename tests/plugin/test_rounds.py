@@ -66,7 +66,7 @@ def test_rounds_survive_the_wire(replay):
 def test_what_a_request_asks_for():
     asked = compiled({"reroute": {"every": 16, "steps": 2, "layers": [1, 3]}}).rounds
     assert asked.schedule == Schedule(16)
-    assert asked.work.passes == (1, 2, 2, 1)
+    assert asked.work.passes == (2, 2, 1)
     assert asked.work.arguments["layers"] == (1, 3)
     assert asked.work.cost(1, 50) == 100
     assert asked.work.together
