@@ -18,7 +18,7 @@ Tensors = tuple[torch.Tensor, ...]
 Pass = Callable[..., Tensors]
 
 MOST_ROWS = 3072  # of more, products keep an H200 busy while Python launches others
-CAPACITY = 32  # graphs that are kept
+CAPACITY = 64  # graphs that are kept
 
 
 class Size(NamedTuple):
@@ -77,7 +77,7 @@ class Graphs(Passes):
     """Passes by graphs where they are small; the first of a size warms up.
 
     Their sizes are rounded up, so that they come again: one text to 32 tokens, the
-    rows and the longest of several to 64, tails to an eighth of the layers.
+    rows and the longest of several to 128, tails to an eighth of the layers.
 
     Args:
         capture: Captures a pass with the shapes of its inputs.
@@ -103,7 +103,7 @@ class Graphs(Passes):
     def extent(self, lengths: Sequence[int]) -> tuple[int, int]:
         """Return N rows for texts of these lengths, and T, attention's length."""
         exact = super().extent(lengths)
-        multiple = 64 if len(lengths) > 1 else 32
+        multiple = 128 if len(lengths) > 1 else 32
         rows, length = (-(-size // multiple) * multiple for size in exact)
         return (rows, length) if rows <= self._most_rows else exact
 

@@ -83,7 +83,7 @@ def test_rounds_by_graphs_are_rounds(tiny_models, draw, optimizer):
     captures = Captures()
     graphed.passes = Graphs(captures)
     settings = Rerouting(steps=3, optimizer=optimizer, lr=0.02, layers=(1, 3), pairs=2)
-    for lengths in ((20, 33), (40, 9), (31, 32)):
+    for lengths in ((20, 33), (70, 39), (31, 32)):
         texts = [draw.tokens(length) for length in lengths]
         start = 0.1 * draw.normal(2, *size(plain))
         wanted = reroute(plain, texts, start, settings)
@@ -112,7 +112,7 @@ def test_sizes_are_rounded_where_passes_are_small():
     graphs = Graphs(Captures(), most_rows=128)
     assert [graphs.extent([n]) for n in (20, 32, 33)] == [(32, 32), (32, 32), (64, 64)]
     assert graphs.extent([20, 70]) == (128, 128)
-    assert graphs.extent([5, 6, 7]) == (64, 64)
+    assert graphs.extent([5, 6, 7]) == (128, 128)
     assert graphs.extent([70, 59]) == (129, 70)
     assert graphs.extent([129]) == (129, 129)
     assert Passes().extent([5, 9, 7]) == (21, 9)

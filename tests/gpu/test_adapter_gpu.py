@@ -125,7 +125,7 @@ class _Launched(Graphs):
 def test_rounds_by_graphs_are_those_without(case, monkeypatch):
     """Bit for bit: the same kernels on the same sizes, and no sum in another order.
 
-    Texts of other lengths are of one size: 128 rows, padded to 64 for attention.
+    Texts of other lengths are of one size: 128 rows, padded to 128 for attention.
     """
     llm, dtype, *_ = case
     adapter = checks.adapter_of(llm)

@@ -23,10 +23,10 @@ def draw_ids(num_rows, num_experts, width, seed=0, empty=True):
     return scores.topk(width, dim=1).indices
 
 
-def draw(*shape, seed=1, dtype=torch.float32):
+def draw(*shape, seed=1, dtype=torch.float32, device="cpu"):
     """Draw normal numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 def check_order(work, ids, num_experts, device):
@@ -55,7 +55,7 @@ def check_products(work, ids, inner, outer, dtype, device):
     """
     u, num_experts = torch.finfo(dtype).eps / 2, int(ids.max()) + 1
     order = PLAIN.order_pairs(ids.to(device), num_experts)
-    weight = draw(num_experts, inner, outer, seed=4, dtype=dtype).to(device)
+    weight = draw(num_experts, inner, outer, seed=4, dtype=dtype, device=device)
     experts = ids.to(device).reshape(-1)[order.pairs.long()]
     rows = draw(len(ids), inner, dtype=dtype).to(device)
     spread = spread_rows(rows, order)
@@ -148,8 +148,8 @@ def draw_layer(num_rows, hidden, inner, num_experts, width, dtype, device, empty
     """Return arguments of `loop` whose outputs are about 1."""
     ids = draw_ids(num_rows, num_experts, width, empty=empty)
     weights = torch.softmax(draw(num_rows, width, seed=5), dim=1)
-    first = draw(num_experts, 2 * inner, hidden, seed=6) / hidden**0.5
-    second = draw(num_experts, hidden, inner, seed=7) / inner**0.5
+    first = draw(num_experts, 2 * inner, hidden, seed=6, device=device) / hidden**0.5
+    second = draw(num_experts, hidden, inner, seed=7, device=device) / inner**0.5
     rows = draw(num_rows, hidden, seed=8)
     rows, first, second = (part.to(device, dtype) for part in (rows, first, second))
     return rows, ids.to(device), weights.to(device), first, second
