@@ -3,7 +3,8 @@
 
 `python -m benchmarks.reroute.cost --model olmoe --batch 1,8,32` runs whole requests,
 prompts of 150 to 200 tokens and 256 new ones, in one engine. All modes run in short
-rounds in an order drawn anew; a ratio is taken within a round.
+rounds in an order drawn anew; a ratio is taken within a round. Rounds for warmth come
+first and are kept apart, as `warm`.
 
 plain, plain-again: nobody reroutes.
 wait, overlap: everybody does; `ratio` is that of the batch's time to `plain`.
@@ -64,11 +65,12 @@ def ask(
 def measure(
     engine: RerouteEngine, size: int, mode: str, number: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Run one batch; return its sample."""
+    """Run one batch; return its sample. Rounds up to number 0 are for warmth."""
     vocab_size = engine.config.model_config.get_vocab_size()
     settings = {"every": args.every, "steps": args.steps}
     asked = ask(draw_prompts(size, number, vocab_size), mode, settings)
-    played = engine.play(asked, args.tokens if number else WARM_TOKENS)
+    plain = all(one.request is None for one in asked)
+    played = engine.play(asked, WARM_TOKENS if plain and number < 1 else args.tokens)
     sample = {
         **{"batch": size, "mode": mode, "round": number},
         **{"seconds": played.seconds, "peak_bytes": played.peak_bytes},
@@ -148,12 +150,14 @@ def run(args: argparse.Namespace, begin: float) -> dict[str, Any]:
         "benchmark": "reroute-cost",
         "conditions": conditions(vars(args), model),
         "engine": engine.facts,
+        "warm": [],
         "samples": [],
     }
     file = ResultFile(args.out)
     cells = [(size, mode) for size in args.batch for mode in modes_of(size)]
-    for size, mode in cells:
-        measure(engine, size, mode, 0, args)
+    for number in range(1 - args.warm, 1):
+        for size, mode in cells:
+            found["warm"].append(measure(engine, size, mode, number, args))
     print(f"warm after {time.perf_counter() - begin:.1f} s", flush=True)
     deadline = Deadline(begin + args.budget)
     for number in range(1, args.repeat + 1):
@@ -188,6 +192,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--batch-tokens", type=int, default=0, help="its adapter.batch_tokens"
+    )
+    parser.add_argument(
+        "--warm",
+        type=int,
+        default=2,
+        help="rounds before, of other prompts: the adapter captures its passes",
     )
     parser.add_argument("--repeat", type=int, default=10, help="rounds at most")
     parser.add_argument(
