@@ -49,6 +49,8 @@ class AdapterSettings(BaseModel):
             ask for the same work, each counted as long as the longest, to which
             attention pads it; its memory grows with this, too.
             0 reads each text by itself, so that a request's roundings are its own.
+        last_loss: Whether a round by gradients ends with a forward pass that tells its
+            loss at the end: one of 2 n + 1 passes, for the report and nothing else.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -57,6 +59,7 @@ class AdapterSettings(BaseModel):
     budget: Annotated[int, Field(ge=1)] = 2048
     max_context: Annotated[int, Field(ge=2)] = 4096
     batch_tokens: Annotated[int, Field(ge=0)] = 0
+    last_loss: bool = True
 
 
 class EngineSettings(BaseModel):

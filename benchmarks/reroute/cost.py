@@ -138,6 +138,7 @@ def engine_spec(args: argparse.Namespace, model: Model) -> dict[str, Any]:
     spec["options"]["additional_config"]["moe_tta"]["adapter"] = {
         "budget": args.adapter_budget,
         "batch_tokens": args.batch_tokens,
+        "last_loss": not args.no_last_loss,
     }
     return {**spec, "begin": time.time()}
 
@@ -192,6 +193,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--batch-tokens", type=int, default=0, help="its adapter.batch_tokens"
+    )
+    parser.add_argument(
+        "--no-last-loss", action="store_true", help="its adapter.last_loss is false"
     )
     parser.add_argument(
         "--warm",

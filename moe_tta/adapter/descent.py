@@ -25,7 +25,7 @@ class Descent(NamedTuple):
     """Where `descend` ended; a request that failed is back where it began."""
 
     delta: torch.Tensor  # [R, L, E]
-    losses: torch.Tensor  # [R, steps + 1] nats: before each step, and at the end
+    losses: torch.Tensor  # [R, steps or + 1] nats: before each step, perhaps at the end
     finite: torch.Tensor  # [R] bool: no loss or gradient was NaN or infinite
 
 
@@ -94,16 +94,18 @@ class Walk:
         moved = moved.clamp(-self._clip, self._clip)
         self.delta.copy_(torch.where(going, moved, before))
 
-    def end(self, losses: torch.Tensor) -> Descent:
-        """Return the result, given the losses [R] at `delta`."""
-        finite = self._finite & losses.isfinite()
-        delta = torch.where(finite[:, None, None], self.delta, self._start)
-        return Descent(delta, torch.stack([*self._losses, losses], dim=1), finite)
+    def end(self, losses: torch.Tensor | None = None) -> Descent:
+        """Return the result, given the losses [R] at `delta`, if they are known."""
+        if losses is not None:
+            self._finite &= losses.isfinite()
+            self._losses.append(losses)
+        delta = torch.where(self._finite[:, None, None], self.delta, self._start)
+        return Descent(delta, torch.stack(self._losses, dim=1), self._finite)
 
 
 def descent_steps(
     gradient: Gradient,
-    loss: Callable[[torch.Tensor], torch.Tensor],
+    loss: Callable[[torch.Tensor], torch.Tensor] | None,
     start: torch.Tensor,
     rates: torch.Tensor,
     optimizer: str,
@@ -112,13 +114,13 @@ def descent_steps(
     clip: float,
     first: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Generator[None, None, Descent]:
-    """Take `steps` steps of a `Walk`; pauses after each of them.
+    """Take `steps` steps of a `Walk`; pauses after each, but after no last loss.
 
-    The last loss comes with the result. Run it under `torch.no_grad`.
+    Run it under `torch.no_grad`.
 
     Args:
         gradient: At the current vectors.
-        loss: Without gradients, for the last value.
+        loss: Without gradients, for a last value; `None` takes none.
         start: As the rest, `Walk`'s.
         rates: See there.
         optimizer: See there.
@@ -131,8 +133,9 @@ def descent_steps(
     for number in range(steps):
         known = number == 0 and first is not None
         walk.step(*(first if known else gradient(walk.delta)))
-        yield
-    return walk.end(loss(walk.delta))
+        if number + 1 < steps or loss is not None:
+            yield
+    return walk.end(None if loss is None else loss(walk.delta))
 
 
 @torch.no_grad()

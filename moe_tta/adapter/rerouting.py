@@ -46,6 +46,8 @@ class Rerouting:
         pairs: Antithetic pairs a step of SPSA.
         seed: Of SPSA's directions.
         recompute: Keep only layer inputs for the backward pass: less memory, slower.
+        last_loss: Whether the loss at the end is taken, by one more forward pass;
+            not for `spsa`, which always does.
     """
 
     steps: int = 5
@@ -61,6 +63,7 @@ class Rerouting:
     pairs: int = 4
     seed: int = 0
     recompute: bool = False
+    last_loss: bool = True
 
     def __post_init__(self):
         allowed = {
@@ -82,13 +85,13 @@ class Rerouting:
     def passes(self) -> tuple[int, ...]:
         """Forward passes over the context that each unit of a round costs.
 
-        Units: every step, of which the first is the survey, too, and the last loss;
-        with `spsa` the survey before. A backward pass counts as one forward, which is
-        about its cost.
+        Units: every step, of which the first is the survey, too, and the last loss,
+        if it is taken; with `spsa` the survey before. A backward pass counts as one
+        forward, which is about its cost.
         """
         if self.optimizer == "spsa":
             return (1, *[2 * self.pairs] * self.steps, 1)
-        return (*[2 + self.recompute] * self.steps, 1)
+        return (*[2 + self.recompute] * self.steps, *[1] * self.last_loss)
 
 
 class Outcome(Enum):
@@ -107,7 +110,8 @@ class Round:
     Attributes:
         outcome: What happened.
         delta: [L, E] f32.
-        losses: Nats a token, before each step and after the last; empty if not run.
+        losses: Nats a token, before each step and, if it was taken, after the last;
+            empty if not run.
         layers: Decoder layers that were adapted.
     """
 
@@ -120,7 +124,7 @@ class Round:
 def round_units(
     model: AdapterModel, texts: PackedTexts, delta: torch.Tensor, settings: Rerouting
 ) -> Generator[None, None, list[Round]]:
-    """Run a round; pause after each step, and after a survey that is none.
+    """Run a round; pause after each unit of `Rerouting.passes` but the last.
 
     Args:
         model: The adapter.
@@ -142,9 +146,10 @@ def round_units(
     # the other layers' inputs go, and what a graph may overwrite is copied
     hidden, surveyed = hidden.clone(), None
     tail = Tail(model, texts, hidden, lowest, settings.skip, settings.recompute)
+    ends = settings.last_loss or settings.optimizer == "spsa"
     done = yield from descent_steps(
         _gradient(tail, rates, settings),
-        tail.value,
+        tail.value if ends else None,
         delta,
         rates,
         settings.optimizer,

@@ -14,10 +14,11 @@ def model(tiny_models):
     return AdapterModel.from_checkpoint(tiny_models("mixtral"))
 
 
+@pytest.mark.parametrize("last_loss", [True, False])
 @pytest.mark.parametrize("optimizer", ["adam", "spsa"])
-def test_units_add_up_to_the_round(model, draw, optimizer):
+def test_units_add_up_to_the_round(model, draw, optimizer, last_loss):
     texts = [draw.tokens(20), draw.tokens(9)]
-    settings = Rerouting(steps=3, optimizer=optimizer, pairs=2)
+    settings = Rerouting(steps=3, optimizer=optimizer, pairs=2, last_loss=last_loss)
     job = RerouteJob(model, texts, zeros(model, 2), settings)
     with torch.inference_mode():
         for _ in settings.passes:
@@ -48,6 +49,7 @@ def test_jobs_that_take_turns_do_not_meet(model, draw):
 
 def test_passes_count_forwards():
     assert Rerouting(steps=2).passes == (2, 2, 1)
+    assert Rerouting(steps=2, last_loss=False).passes == (2, 2)
     assert Rerouting(steps=1, recompute=True).passes == (3, 1)
     assert Rerouting(steps=1, optimizer="spsa", pairs=4).passes == (1, 8, 1)
 

@@ -56,6 +56,15 @@ def test_the_loss_falls(model, draw, optimizer):
         assert done.delta.abs().max() <= settings.clip
 
 
+def test_without_the_last_loss_a_round_ends_where_it_did(model, draw):
+    tokens, start = draw.tokens(20), 0.1 * draw.normal(1, *size(model))
+    [told] = reroute(model, [tokens], start, Rerouting(steps=3))
+    [untold] = reroute(model, [tokens], start, Rerouting(steps=3, last_loss=False))
+    assert torch.equal(untold.delta, told.delta)
+    assert untold.losses == told.losses[:3]
+    assert (untold.outcome, untold.layers) == (told.outcome, told.layers)
+
+
 def test_a_batch_is_its_requests(adapter, draw):
     sequences = [draw.tokens(count) for count in (9, 31, 16)]
     # SGD: Adam divides small gradients by themselves, and so amplifies their rounding

@@ -28,8 +28,9 @@ SHAPE = RouterShape(
 WORK = Work("reroute", {"steps": 1}, (1, 2, 1))
 
 
-def compiled(value):
-    return compile_request(parse(value, presets={}), PlanContext(SHAPE))
+def compiled(value, adapter=None):
+    context = PlanContext(SHAPE, adapter=adapter)
+    return compile_request(parse(value, presets={}), context)
 
 
 def test_schedules():
@@ -71,6 +72,10 @@ def test_what_a_request_asks_for():
     assert asked.work.cost(1, 50) == 100
     assert asked.work.together
     assert not asked.work.probes
+    quiet = AdapterSettings(last_loss=False)
+    untold = compiled({"reroute": {"steps": 2}}, adapter=quiet).rounds
+    assert untold.work.passes == (2, 2)
+    assert untold.work.arguments["last_loss"] is False
     drawn = compiled({"reroute": {"optimizer": "spsa", "steps": 2}}).rounds
     assert drawn.work.probes
     assert not drawn.work.together

@@ -43,4 +43,6 @@ def work(params: RerouteParams, context: PlanContext) -> Work:
             "optimizer",
             params.optimizer,
         )
+    if context.adapter is not None:
+        own["last_loss"] = context.adapter.last_loss
     return Work("reroute", own, Rerouting(**own).passes, together=True)
