@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from moe_tta.adapter import AdapterError, AdapterModel
+from moe_tta.adapter.job import warm_up
 from moe_tta.remix.checkpoint import find_checkpoint
 from moe_tta.remix.errors import StoreError
 from moe_tta.vllm_plugin import compat
@@ -44,6 +46,11 @@ def load_services(vllm_config: Any, model: Any) -> dict[str, Service]:
             "set adapter.gradients to false, for reroute with optimizer 'spsa' alone"
         ) from err
     logger.info("moe-tta's adapter reads the model's weights on %s", adapter.device)
+    if adapter.fused:
+        begin = time.perf_counter()
+        warm_up(adapter)
+        took = time.perf_counter() - begin
+        logger.info("moe-tta's adapter has its kernels after %.1f s", took)
     return {name: make(adapter) for name, make in SERVICES.items()}
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from moe_tta.adapter import AdapterModel, Outcome, RerouteJob, Rerouting, reroute
+from moe_tta.adapter.job import warm_up
 from moe_tta.adapter.tail import Tail
 from tests.adapter.test_rounds import zeros
 
@@ -65,3 +66,27 @@ def test_memory_that_runs_out_ends_the_job(model, draw, monkeypatch):
     job.advance()
     assert job.done
     assert job.result()[0].outcome is Outcome.OUT_OF_MEMORY
+
+
+def test_warmth_is_a_round_of_two_texts(model, monkeypatch):
+    """Forward and backward, in one pass with a survey and in one of the tail."""
+    ran = []
+    for name in ("gradient", "value"):
+        run = getattr(Tail, name)
+
+        def watch(self, delta, name=name, run=run):
+            ran.append((name, len(delta)))
+            return run(self, delta)
+
+        monkeypatch.setattr(Tail, name, watch)
+    with torch.inference_mode():
+        warm_up(model)
+    assert ran == [("gradient", 2), ("value", 2)]
+
+
+def test_warmth_that_finds_no_memory_stops_nobody(model, monkeypatch):
+    def full(self, delta):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Tail, "gradient", full)
+    warm_up(model)
