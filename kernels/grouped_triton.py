@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of experts' rows with their matrices as one Triton kernel.
 
-cuBLAS and CUTLASS want each expert's rows copied behind one another, and CUTLASS's
-kernel for Hopper rounds them up to 256; here a tile of 128 rows, or of 64 at an
-expert's end, fetches them where they are.
+PyTorch's grouped products want each expert's rows copied behind one another, and on
+Hopper round them up to 256; here a tile of 128 rows, or of 64 at an expert's end,
+fetches them where they are.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def multiply(
         *(inner, outer, num_experts, order.places.shape[1]),
         *(by_output, from_rows, x.dtype),
     )
-    tile = _constants(*kind)
+    tile = _tile(x.dtype)
     tiles = -(-len(product) // tile["BLOCK_M"]) + num_experts
     grid = tiles * -(-outer // tile["BLOCK_N"]), 1, 1
     _multiply(grid, (x, weight, product, order.pairs, order.ends), (), kind)
@@ -55,14 +55,16 @@ def _constants(
     sizes = {"INNER": inner, "OUTER": outer, "E": num_experts, "K": width}
     sizes["E_PADDED"] = triton.next_power_of_2(num_experts)
     flags = {"BY_OUTPUT": by_output, "FROM_ROWS": from_rows}
+    return {**sizes, **flags, **_tile(dtype)}
+
+
+def _tile(dtype: torch.dtype) -> dict:
     if dtype.itemsize == 2:
-        # 192 KiB of shared memory: the fastest of 20 tried on an H200 (docs/log.md)
+        # 192 KiB of shared memory: in sum the fastest of 15 tried (docs/log.md)
         tile = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}
-        options = {"num_warps": 8, "num_stages": 4}
-    else:
-        tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
-        options = {"num_warps": 4, "num_stages": 2}
-    return {**sizes, **flags, **tile, **options}
+        return {**tile, "num_warps": 8, "num_stages": 4}
+    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
+    return {**tile, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit

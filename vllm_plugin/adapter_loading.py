@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from moe_tta.adapter import AdapterError, AdapterModel
+from moe_tta.adapter.graphs import Graphs
 from moe_tta.adapter.job import warm_up
 from moe_tta.remix.checkpoint import find_checkpoint
 from moe_tta.remix.errors import StoreError
@@ -46,7 +47,7 @@ def load_services(vllm_config: Any, model: Any) -> dict[str, Service]:
             "set adapter.gradients to false, for reroute with optimizer 'spsa' alone"
         ) from err
     logger.info("moe-tta's adapter reads the model's weights on %s", adapter.device)
-    if adapter.fused:
+    if isinstance(adapter.passes, Graphs):  # their kernels compile when first run
         begin = time.perf_counter()
         warm_up(adapter)
         took = time.perf_counter() - begin

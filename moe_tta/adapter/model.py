@@ -49,12 +49,11 @@ class AdapterModel:
         device: Where weights and activations live.
         dtype: Of activations.
         passes: How whole passes are run.
-        fused: Whether modules are kernels of ours, compiled when they are first run.
     """
 
     def __init__(self, lm: nn.Module, dtype: torch.dtype, device: torch.device):
         self.config, self.lm = lm.config, lm.eval()
-        self.passes, self.fused = Passes(), False
+        self.passes = Passes()
         self.shape = router_shape(lm.config)
         self.dtype, self.device = dtype, device
         tables = EditTables(self.shape, device)
@@ -118,7 +117,7 @@ class AdapterModel:
         model = AdapterModel(lm, sample.dtype, sample.device)
         if sample.is_cuda and sample.dtype == torch.bfloat16:
             fuse(model.lm)
-            model.passes, model.fused = Graphs(CudaCapture()), True
+            model.passes = Graphs(CudaCapture())
         return model
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
