@@ -37,6 +37,9 @@ class Lockstep:
         self._taken: dict[str, int] = {}
         self._sampling: set[str] = set()
         self._left_behind: list[Any] = []
+
+    def follow_blocks(self) -> None:
+        """Stand between vLLM and its cache manager, which gives blocks to requests."""
         self._allocate = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_slots
 
@@ -163,8 +166,8 @@ class Lockstep:
         )
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
-        if self._taken.pop(request.request_id, None) is not None:
-            self._unfile(request)
+        self._taken.pop(request.request_id, None)
+        self._unfile(request)
         super()._preempt_request(request, *args, **kwargs)
         partner = self.pairs.other(request.request_id)
         if request in self._left_behind:

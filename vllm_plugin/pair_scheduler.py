@@ -13,14 +13,15 @@ from moe_tta.vllm_plugin.lockstep import Lockstep
 from moe_tta.vllm_plugin.pair_metrics import PairCounts
 from moe_tta.vllm_plugin.pairs import Ask, make_follower
 from moe_tta.vllm_plugin.probe_scheduler import ProbeScheduler
+from moe_tta.vllm_plugin.waking import Waking
 
 
 @functools.cache
 def paired(scheduler_cls: type) -> type:
     """Return a subclass of a vLLM scheduler class that knows pairs and rounds."""
     name = f"Pair{scheduler_cls.__name__}"
-    kinds = (ProbeScheduler, PairLifecycle, Lockstep, scheduler_cls)
-    return type(name, kinds, {"__module__": __name__})
+    kinds = (Waking, ProbeScheduler, PairLifecycle, Lockstep, scheduler_cls)
+    return type(name, kinds, {"__module__": __name__, "vllms": scheduler_cls})
 
 
 class PairLifecycle:
@@ -29,6 +30,10 @@ class PairLifecycle:
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._admitted_pairs = self._preempted_pairs = 0
+
+    def follow_blocks(self) -> None:
+        """Stand between vLLM and its cache manager, which counts hits by request."""
+        super().follow_blocks()
         self._record = self.kv_cache_manager.record_prefix_cache_stats
         self.kv_cache_manager.record_prefix_cache_stats = self._record_prefix_cache
 

@@ -118,7 +118,8 @@ class StepRows:
 
     def clear(self) -> None:
         """Give every row back to the model's own rule."""
-        self._write([], self.slot_table.assign({}))
+        if self._staged:  # slots are pinned for staged rows alone
+            self._write([], self.slot_table.assign({}))
 
     def _write(
         self, runs: list[tuple[int, int, int, str]], slots: dict[str, int]

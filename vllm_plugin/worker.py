@@ -180,9 +180,11 @@ class WorkerState:
 
     def requests_changed(self, finished: Iterable[str], new: Iterable[Any]) -> None:
         """Forget finished requests, remember new ones with a plan or a partner."""
-        self.pairs.requests_changed(finished, new)
         if self.recorder is not None:
             self.recorder.requests_changed(new)
+        # nearly all say nothing; what the plugin has to say of one is among these
+        new = [r for r in new if r.sampling_params and r.sampling_params.extra_args]
+        self.pairs.requests_changed(finished, new)
         if self.trace is not None:
             self.trace.finish(finished)
         for req_id in finished:
