@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from moe_tta.kernels import launch
 from moe_tta.kernels.contrast import IMPLAUSIBLE
 from moe_tta.kernels.launch import Launcher
 
@@ -138,13 +139,8 @@ class ContrastRows:
 
 
 def can_overlap(device: torch.device) -> bool:
-    """Return whether a launch on the device may begin before the one it follows ends.
-
-    NVIDIA GPUs of compute capability 9.0 and above do that, with compiled kernels.
-    """
-    compiled = isinstance(_combine_kernel, triton.JITFunction)
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return compiled and nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Return whether the second launch may begin early; see `launch.can_overlap`."""
+    return launch.can_overlap(_combine_kernel, device)
 
 
 # name in `contrast.COMBINE` -> f(max_pairs, vocab_size, device), its kernels

@@ -7,6 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
+
+
+def can_overlap(kernel: Any, device: torch.device) -> bool:
+    """Return whether a kernel's launch may begin before the one it follows ends.
+
+    NVIDIA GPUs of compute capability 9.0 and above do that, with compiled kernels.
+    Such a kernel is launched with `launch_pdl` and calls `gdc_wait` before it touches
+    what others read or write. It begins early only if the launch before it is done
+    with some multiprocessor, or says so itself.
+    """
+    compiled = isinstance(kernel, triton.JITFunction)
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return compiled and nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class Launcher:

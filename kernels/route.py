@@ -8,7 +8,7 @@ import math
 import torch
 import triton
 
-from moe_tta.kernels.launch import Launcher
+from moe_tta.kernels.launch import Launcher, can_overlap
 from moe_tta.kernels.recall import Recalled
 from moe_tta.kernels.reference import Routing
 from moe_tta.kernels.route_checks import check_rows, check_rule, check_table
@@ -159,6 +159,7 @@ class RoutingKernel:
         Given and recalled rows have the same types in every call.
         """
         packed, num_experts = self.table.packed, self.table.bias.shape[1]
+        overlap = can_overlap(route_rows, packed.device)
         return {
             **self._constants,
             **SumOrder.of(num_experts, dtype)._asdict(),
@@ -167,6 +168,8 @@ class RoutingKernel:
             "HAS_PADDING": has_padding,
             "RECALLS": recalls,
             "EXACT": packed.is_cuda,
+            "OVERLAP": overlap,
+            "launch_pdl": overlap,
         }
 
     def _rows_together(self) -> int:

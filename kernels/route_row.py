@@ -7,6 +7,7 @@ from enum import Enum
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from moe_tta.kernels.route_model import route_model_row
 from moe_tta.kernels.route_nets import load_runs, route_model_runs
@@ -68,11 +69,14 @@ def route_rows(
     TOPK_GROUP: tl.constexpr,
     FACTOR: tl.constexpr,
     MODEL_ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Route `ROWS` rows of T: at once where all are the model's, else one by one.
 
     More than one: 16-bit logits of `ModelRows.STOCK`, and rows that fit a warp.
     """
+    if OVERLAP:
+        gdc_wait()  # above: the launch itself, while the one before it still runs
     first = tl.program_id(0).to(tl.int64) * ROWS
     one_by_one = True
     if ROWS > 1:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from moe_tta.kernels.launch import Launcher
+from moe_tta.kernels.launch import Launcher, can_overlap
 
 MANY_TOKENS = 1024  # from here on bandwidth counts, and unused columns are not read
 _BLOCK = 1024
@@ -34,7 +35,7 @@ def sum_used_columns(
         return
     kind = (
         *(hidden, width, num_tokens < MANY_TOKENS, expert_outputs.stride()),
-        *(expert_outputs.dtype, topk_ids.dtype),
+        *(expert_outputs.device, expert_outputs.dtype, topk_ids.dtype),
     )
     _launch(
         (num_tokens, -(-hidden // _block(hidden)), 1),
@@ -48,12 +49,22 @@ def _block(hidden: int) -> int:
     return min(_BLOCK, triton.next_power_of_2(hidden))
 
 
-def _constants(hidden: int, width: int, read_all: bool, *_: object) -> dict:
+def _constants(
+    hidden: int,
+    width: int,
+    read_all: bool,
+    _strides: tuple[int, ...],
+    device: torch.device,
+    *_: object,
+) -> dict:
+    overlap = can_overlap(_sum_used_columns, device)
     return {
         "H": hidden,
         "WIDTH": width,
         "BLOCK_H": _block(hidden),
         "READ_ALL": read_all,
+        "OVERLAP": overlap,
+        "launch_pdl": overlap,
         "num_warps": 4,
     }
 
@@ -69,7 +80,10 @@ def _sum_used_columns(
     WIDTH: tl.constexpr,
     BLOCK_H: tl.constexpr,
     READ_ALL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = dims < H

@@ -79,12 +79,13 @@ def _close_logits(kind: str, num_rows: int, num_experts: int) -> torch.Tensor:
     """Logits that rank differently as numbers and as rounded softmax, or nearly so."""
     rng = torch.Generator().manual_seed(num_experts)
     normal = torch.randn(num_rows, num_experts, generator=rng)
-    tiny = normal * 2.0**-14
+    tiny, zeros = normal * 2.0**-14, torch.where(normal > 0, 0.0, -0.0)
     made = {
         "normal": normal,
         "all tiny": tiny,
         "tiny at the edge": torch.where(torch.arange(num_experts) < 2, 8.0, tiny),
-        "zeros of both signs": torch.where(normal > 0, 0.0, -0.0),
+        "zeros of both signs": zeros,
+        "zeros at the edge": torch.where(torch.arange(num_experts) < 2, 8.0, zeros),
         "ties": (normal * 2).round() / 2,
         "far below": torch.where(torch.arange(num_experts) == 5, 9.0, normal - 100),
         "minus infinity": normal.masked_fill(normal < 0.9, -torch.inf),
@@ -102,7 +103,7 @@ def _close_logits(kind: str, num_rows: int, num_experts: int) -> torch.Tensor:
     "kind",
     [
         *("normal", "all tiny", "tiny at the edge", "zeros of both signs", "ties"),
-        *("far below", "minus infinity", "infinity", "nan"),
+        *("zeros at the edge", "far below", "minus infinity", "infinity", "nan"),
     ],
 )
 def test_ranks_by_keys_are_ranks_by_softmax(
