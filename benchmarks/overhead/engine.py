@@ -19,6 +19,7 @@ admit: seconds of `add_request` for one request, in which plans are compiled.
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -29,6 +30,7 @@ import time
 from typing import Any, TextIO
 
 from benchmarks.overhead.modes import requests
+from benchmarks.overhead.spread import spread_routers
 from moe_tta.vllm_plugin.model_shape import shape_from_config
 
 EDGE = 4  # calls of step() at either end that are not timed
@@ -53,11 +55,17 @@ class Engine:
         self.config = self.core.vllm_config
         self.shape = shape_from_config(self.config.model_config.hf_text_config)
         self.submitted = 0
+        spread = 0
+        if spec["options"]["load_format"] == "dummy":
+            experts = {"num_experts": self.shape.num_experts}
+            spread = llm.apply_model(functools.partial(spread_routers, **experts))[0]
+            assert spread == len(self.shape.layers), f"{spread} routers were spread"
         plugin = getattr(self.core.input_processor, "moe_tta", None)
         assert (plugin is not None) == spec["plugin"], "the plugin's switch is ignored"
         self.facts = {
             "start_s": time.time() - spec["begin"],
             "armed_layers": 0,
+            "spread_routers": spread,
             "memory": None,
             **self._conditions(),
         }
