@@ -56,10 +56,9 @@ class Engine:
         self.shape = shape_from_config(self.config.model_config.hf_text_config)
         self.submitted = 0
         spread = 0
-        if spec["options"]["load_format"] == "dummy":
+        if spec["options"]["load_format"] == "dummy" and cuda:
             experts = {"num_experts": self.shape.num_experts}
             spread = llm.apply_model(functools.partial(spread_routers, **experts))[0]
-            assert spread == len(self.shape.layers), f"{spread} routers were spread"
         plugin = getattr(self.core.input_processor, "moe_tta", None)
         assert (plugin is not None) == spec["plugin"], "the plugin's switch is ignored"
         self.facts = {

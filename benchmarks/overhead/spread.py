@@ -10,7 +10,8 @@ def spread_routers(model: torch.nn.Module, num_experts: int) -> int:
     """Make norms ones and draw routers anew, so that logits are about N(0, 1).
 
     vLLM's random weights are at most 0.001, norms too. Logits are then about 1e-5 and
-    their softmax has ties in every row, which a trained router's has not.
+    their softmax has ties in every row, which a trained router's has not. On CPUs vLLM
+    packs weights when it loads them, and none are found.
 
     Args:
         model: vLLM's, changed in place; captured graphs stay right.
