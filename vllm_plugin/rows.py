@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from operator import is_
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,6 +62,51 @@ class PlannedRequest:
                 yield first, end, fingerprint
 
 
+class Decoding(NamedTuple):
+    """A step after which the next one may be staged already.
+
+    Every request with a plan generates: as long as the batch stays the same, so do the
+    rows' plans. `floors` [num_reqs] is the lowest position for which that holds, 0
+    without a plan; `known` are the requests, or `None` without a plan.
+    """
+
+    req_ids: Sequence[str]
+    known: Sequence[PlannedRequest | None]
+    num_scheduled: np.ndarray
+    floors: np.ndarray
+
+    @staticmethod
+    def of(
+        requests: Requests,
+        req_ids: Sequence[str],
+        num_scheduled: np.ndarray,
+        num_computed: np.ndarray,
+    ) -> Decoding | None:
+        """Return the step if it is one; for the arguments see `StepRows.stage`."""
+        known = [requests.get(req_id) for req_id in req_ids]
+        if any(type(found) not in (PlannedRequest, type(None)) for found in known):
+            return None  # versions begin at positions of their own
+        floors = np.array([found.prompt_len if found else 0 for found in known])
+        if (num_computed < floors).any():
+            return None
+        return Decoding(list(req_ids), known, num_scheduled.copy(), floors)
+
+    def goes_on(
+        self,
+        requests: Requests,
+        req_ids: Sequence[str],
+        num_scheduled: np.ndarray,
+        num_computed: np.ndarray,
+    ) -> bool:
+        """Whether a step has the same rows with the same plans."""
+        return (
+            self.req_ids == req_ids
+            and np.array_equal(self.num_scheduled, num_scheduled)
+            and bool((num_computed >= self.floors).all())
+            and all(map(is_, map(requests.get, req_ids), self.known))
+        )
+
+
 class StepRows:
     """The step's rows in buffers of fixed address.
 
@@ -85,6 +131,7 @@ class StepRows:
         self.num_planned = 0
         self._used = 0
         self._staged: list[tuple[int, int, str]] = []
+        self._decoding: Decoding | None = None
 
     def stage(
         self,
@@ -104,6 +151,9 @@ class StepRows:
         if not requests:
             self.clear()
             return
+        step = requests, req_ids, num_scheduled, num_computed
+        if self._decoding is not None and self._decoding.goes_on(*step):
+            return
         runs, plans, offset = [], {}, 0
         for req_id, count, start in zip(
             req_ids, num_scheduled.tolist(), num_computed.tolist(), strict=True
@@ -115,9 +165,12 @@ class StepRows:
                     plans[name] = request.plans[name]
             offset += count
         self._write(runs, self.slot_table.assign(plans))
+        draws = self.features & Features.SAMPLE  # by each row's position
+        self._decoding = None if draws else Decoding.of(*step)
 
     def clear(self) -> None:
         """Give every row back to the model's own rule."""
+        self._decoding = None
         if self._staged:  # slots are pinned for staged rows alone
             self._write([], self.slot_table.assign({}))
 
