@@ -89,7 +89,7 @@ CASES = (
         "DeepSeek-V2",
         shape((1, 2, 3), 16, 4, False, **GROUPS),
         "GroupedTopKRouter",
-        f"{SEEN}, with one [not shown](#deepseek-v2-on-a-gpu)",
+        f"{BOTH}, [rounded as vLLM's](#deepseek-v2-on-a-gpu)",
         cpu_options=FLOAT32_MLA,
     ),
     Case(

@@ -100,7 +100,7 @@ class Decoding(NamedTuple):
     ) -> bool:
         """Whether a step has the same rows with the same plans."""
         return (
-            self.req_ids == req_ids
+            self.req_ids == list(req_ids)
             and np.array_equal(self.num_scheduled, num_scheduled)
             and bool((num_computed >= self.floors).all())
             and all(map(is_, map(requests.get, req_ids), self.known))

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step writes for its rows, and that a step like the last one writes nothing."""
 
+import numpy as np
 import pytest
 
 from moe_tta.plan import Select
+from moe_tta.plan_edit import PlanEdit
 from moe_tta.vllm_plugin import compat
 from moe_tta.vllm_plugin.rows import PlannedRequest
+from moe_tta.vllm_plugin.versions import Version, VersionedRequest
 from tests.kernels.cases import make_plan
 from tests.plugin.staged import make_rows, stage
 
@@ -53,6 +56,43 @@ def test_decode_steps_of_the_same_batch_copy_nothing(rows, copied):
         assert names(rows, 3) == [None, "a", "a"]
         assert copied == [3]
     assert rows.num_planned == 2
+
+
+def test_decode_steps_of_the_same_batch_ask_nobody(rows, monkeypatch):
+    batch = [("plain", 1, 9), ("x", 1, 2), ("y", 1, 2)]
+    stage(rows, REQUESTS, batch)
+    monkeypatch.setattr(PlannedRequest, "runs", None)
+    stage(rows, REQUESTS, [(name, count, at + 1) for name, count, at in batch])
+    assert names(rows, 3) == [None, "a", "a"]
+
+
+NUDGED = PlanEdit({"bias": np.array([[0, 0, 1, 0]], np.float32)})
+OTHER = PlannedRequest(2, ("b",) * 3, PLANS)
+VERSIONED = VersionedRequest(REQUESTS["x"], [Version(5, NUDGED)])
+
+
+@pytest.mark.parametrize(
+    ("requests", "batch"),
+    [
+        pytest.param({}, [("x", 1, 4), ("y", 1, 1)], id="read again"),
+        pytest.param({}, [("x", 2, 4), ("y", 1, 4)], id="another count"),
+        pytest.param({}, [("x", 1, 4), ("plain", 1, 4)], id="another batch"),
+        pytest.param({"x": OTHER}, [("x", 1, 4), ("y", 1, 4)], id="an id come again"),
+        pytest.param({"y": None}, [("x", 1, 4), ("y", 1, 4)], id="a plan gone"),
+        pytest.param({"x": VERSIONED}, [("x", 1, 6), ("y", 1, 4)], id="a version"),
+    ],
+)
+def test_a_step_unlike_the_one_before_is_staged_anew(requests, batch):
+    """What a step writes does not depend on the step before."""
+    before, fresh = make_rows(), make_rows()
+    stage(before, REQUESTS, [("x", 1, 3), ("y", 1, 3)])
+    now = {**REQUESTS, **requests}
+    now = {name: request for name, request in now.items() if request is not None}
+    for rows in (before, fresh):
+        stage(rows, now, batch)
+    count = sum(number for _, number, _ in batch)
+    assert names(before, count) == names(fresh, count)
+    assert names(before, count) != ["a", "a"]
 
 
 @pytest.mark.parametrize(
