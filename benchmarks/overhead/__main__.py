@@ -73,13 +73,21 @@ def modes(text: str) -> tuple[str, ...]:
 
 def sizes(text: str) -> tuple[int, ...]:
     """Read a list of batch sizes."""
-    return tuple(int(size) for size in text.split(","))
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        message = f"expected numbers such as 1,8,64, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def prefills(text: str) -> tuple[tuple[int, int], ...]:
     """Read a list of REQUESTSxTOKENS; empty text is none."""
     pairs = (pair.split("x") for pair in text.split(",") if pair)
-    return tuple((int(count), int(tokens)) for count, tokens in pairs)
+    try:
+        return tuple((int(count), int(tokens)) for count, tokens in pairs)
+    except ValueError:
+        message = f"expected REQUESTSxTOKENS such as 8x128,64x128, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def run(args: argparse.Namespace, begin: float) -> dict:

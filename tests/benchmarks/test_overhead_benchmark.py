@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from benchmarks.overhead import record, serve
+from benchmarks.overhead.__main__ import parser
 from benchmarks.overhead.engines import split
 from benchmarks.overhead.models import CONFIGS, Model
 from benchmarks.overhead.modes import ENGINE_OF, MODES, engine_kind, requests
@@ -136,6 +137,19 @@ def test_built_in_models(name):
 def test_unknown_models_are_refused():
     with pytest.raises(ValueError, match="olmoe"):
         Model.find("no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("--modes", "expected some of stock"), ("--batch", "1,8"), ("--prefill", "8x128")],
+)
+def test_bad_options_are_named_with_what_was_expected(capsys, option, said):
+    with pytest.raises(SystemExit):
+        parser().parse_args([option, "eight"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert option in message
+    assert said in message
+    assert "eight" in message
 
 
 def test_results_are_added_and_rewritten(tmp_path):
