@@ -14,7 +14,7 @@ import triton
 from torch.autograd.function import once_differentiable
 
 from moe_tta.kernels.biased_topk_rows import choose_experts, grad_logits, sum_slots
-from moe_tta.kernels.launch import Launcher
+from moe_tta.kernels.launch import Launcher, is_nvidia
 from moe_tta.kernels.scores import RoutingRule
 
 _ROWS = 8  # of a program
@@ -72,7 +72,7 @@ class _BiasedTopk(torch.autograd.Function):
         ids = torch.empty((num_rows, width), dtype=torch.int64, device=logits.device)
         ctx.kind = (
             *(num_experts, *kind, bias.stride(0)),
-            *(logits.dtype, slots.dtype, logits.is_cuda),
+            *(logits.dtype, slots.dtype, is_nvidia(logits.device)),
         )
         _forward(
             _grid(num_rows),

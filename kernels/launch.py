@@ -10,6 +10,11 @@ import torch
 import triton
 
 
+def is_nvidia(device: torch.device) -> bool:
+    """Return whether kernels may hold PTX there."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def can_overlap(kernel: Any, device: torch.device) -> bool:
     """Return whether a kernel's launch may begin before the one it follows ends.
 
@@ -19,8 +24,11 @@ def can_overlap(kernel: Any, device: torch.device) -> bool:
     with some multiprocessor, or says so itself.
     """
     compiled = isinstance(kernel, triton.JITFunction)
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return compiled and nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    return (
+        compiled
+        and is_nvidia(device)
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
 
 class Launcher:

@@ -8,7 +8,7 @@ import math
 import torch
 import triton
 
-from moe_tta.kernels.launch import Launcher, can_overlap
+from moe_tta.kernels.launch import Launcher, can_overlap, is_nvidia
 from moe_tta.kernels.recall import Recalled
 from moe_tta.kernels.reference import Routing
 from moe_tta.kernels.route_checks import check_rows, check_rule, check_table
@@ -20,8 +20,8 @@ from moe_tta.kernels.table import LayerTable
 
 MANY_ROWS = 4096  # from here on a program takes several rows
 MANY_WITH_PLANS = 16384  # the same where some rows have plans
-# rows of a program and lanes of each, where rows are runs: the first below 16384 rows.
-# Fastest of eight on an H200 (docs/log.md)
+# rows of a program and lanes of each, where rows are runs: the second from 2 E^2 rows
+# on. Fastest of eight on an H200 (docs/log.md)
 _FEW_RUNS, _MANY_RUNS = (8, 4), (16, 2)
 
 
@@ -143,7 +143,8 @@ class RoutingKernel:
         # one row with a plan makes its program's other runs wait: 25 instead of 4 us
         if num_planned or not self._has_runs or router_logits.stride(1) != 1:
             return self._tile
-        return _FEW_RUNS if num_tokens < MANY_WITH_PLANS else _MANY_RUNS
+        many = 2 * self.table.bias.shape[1] ** 2
+        return _MANY_RUNS if num_tokens >= many else _FEW_RUNS
 
     def _all_constants(
         self,
@@ -167,7 +168,7 @@ class RoutingKernel:
             "LANES": lanes,
             "HAS_PADDING": has_padding,
             "RECALLS": recalls,
-            "EXACT": packed.is_cuda,
+            "EXACT": is_nvidia(packed.device),
             "OVERLAP": overlap,
             "launch_pdl": overlap,
         }

@@ -13,13 +13,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
-from moe_tta.kernels.route_ranks import INF
+from moe_tta.kernels.route_ranks import INF, LOWEST, UNRANKED, highest
 
 _WARP = 32
 _BLOCK = 256
-_CLEARED = tl.constexpr(-10000.0)  # below every score
 
 
 class SumOrder(NamedTuple):
@@ -73,30 +71,31 @@ def route_model_row(
     """Write all columns of the row."""
     experts = tl.arange(0, BLOCK_E)
     logits = tl.where(experts < E, logits, -INF)
-    best = tl.max(logits, axis=0)
+    best = highest(logits)
     total = _sum_powers(
         logits_ptr, column_stride, best, E, RUN, THREADS, LOADS, IN_WARP, EXACT
     )
     scores = exp(logits - best, EXACT) * tl.div_rn(1.0, total)
     # as vLLM: NaN and infinity count as 0
     scores = tl.where(tl.abs(scores) < INF, scores, 0.0)
-    scores = tl.where(experts < E, scores, _CLEARED)
+    # from 0 on, bits have the numbers' order
+    scores = tl.where(experts < E, scores.to(tl.int32, bitcast=True), LOWEST)
 
     tail = tl.arange(0, BLOCK_W)
     weights = tl.zeros([BLOCK_W], tl.float32)
     ids = tl.full([BLOCK_W], -1, tl.int32)
     chosen = 0.0
     for rank in range(top_k):
-        top, pick = tl.max(
-            scores, axis=0, return_indices=True, return_indices_tie_break_left=True
-        )
+        bits = tl.max(scores, axis=0)
+        pick = tl.min(tl.where(scores == bits, experts, UNRANKED), axis=0)
+        top = bits.to(tl.float32, bitcast=True)
         # the first id stands in unused columns too, until others overwrite it
         taken = tail == rank
         if not SKIP_UNUSED:
             taken = taken | (rank == 0)
         ids = tl.where(taken, pick, ids)
         weights = tl.where(tail == rank, top, weights)
-        scores = tl.where(experts == pick, _CLEARED, scores)
+        scores = tl.where(experts == pick, LOWEST, scores)
         chosen += top
     if RENORMALIZES:
         weights *= tl.div_rn(1.0, tl.where(chosen > 0, chosen, 1.0))
@@ -153,7 +152,55 @@ def _sum_block(sums, COUNT: tl.constexpr):
 
 @triton.jit
 def exp(values, EXACT: tl.constexpr):
-    """CUDA's `expf`, where Triton's own is an approximation; NumPy interpreted."""
+    """CUDA's `expf`, where Triton's own is an approximation; NumPy interpreted.
+
+    The same operations as CUDA's, of which Triton's compiler makes one more: it does
+    not take the bounds into the multiply-add before them.
+    """
     if EXACT:
-        return libdevice.exp(values)
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 part, shifted, whole, rest, power, scale;
+            .reg .b32 bits;
+            fma.rn.ftz.sat.f32 part, $1, 0f3BBB989D, 0f3F000000;
+            fma.rm.ftz.f32 shifted, part, 0f437C0000, 0f4B400001;
+            sub.f32 whole, 0f4B40007F, shifted;
+            fma.rn.ftz.f32 rest, $1, 0f3FB8AA3B, whole;
+            fma.rn.ftz.f32 rest, $1, 0f32A57060, rest;
+            ex2.approx.ftz.f32 power, rest;
+            mov.b32 bits, shifted;
+            shl.b32 bits, bits, 23;
+            mov.b32 scale, bits;
+            mul.f32 $0, power, scale;
+            }""",
+            "=f,f",
+            [values],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
     return tl.exp(values)
+
+
+@triton.jit
+def reciprocal(values, EXACT: tl.constexpr):
+    """1 / values, correctly rounded, of normal numbers whose reciprocal is normal.
+
+    CUDA's own division without the branch for other numbers.
+    """
+    if EXACT:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 near, off;
+            rcp.approx.ftz.f32 near, $1;
+            fma.rn.f32 off, $1, near, 0fBF800000;
+            neg.f32 off, off;
+            fma.rn.f32 $0, near, off, near;
+            }""",
+            "=f,f",
+            [values],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return tl.div_rn(1.0, values)

@@ -20,6 +20,7 @@ from moe_tta.kernels.route_ranks import (
     TINY,
     UNRANKED,
     count_ranks,
+    highest,
     ordered_bits,
     rank_highest,
     redraw,
@@ -187,8 +188,8 @@ def fill_unused(
 @triton.jit
 def _steer(values, flags, allowed):
     """Move promoted experts above the row's best, demoted ones below its worst."""
-    best = tl.max(tl.where(allowed, values, -INF), axis=0)
-    worst = tl.min(tl.where(allowed, values, INF), axis=0)
+    best = highest(tl.where(allowed, values, -INF))
+    worst = -highest(tl.where(allowed, -values, -INF))
     values = tl.where((flags & _PROMOTE) != 0, best + _EPS, values)
     return tl.where((flags & _DEMOTE) != 0, worst - _EPS, values)
 
@@ -197,7 +198,7 @@ def _steer(values, flags, allowed):
 def _activate(logits, SCORING: tl.constexpr):
     """Return the scores of float32 logits; the two others go by float64, as the law."""
     if SCORING == "softmax" or SCORING == "topk_softmax":
-        powers = tl.exp(logits - tl.max(logits, axis=0))
+        powers = tl.exp(logits - highest(logits))
         scores = powers / tl.sum(powers, axis=0)
     else:
         exact = logits.to(tl.float64)

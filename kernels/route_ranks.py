@@ -32,6 +32,27 @@ def ordered_bits(keys):
 
 
 @triton.jit
+def highest(values):
+    """Return the highest of float32 [n]: integers meet in one step, floats in five."""
+    return _turn(tl.max(_turn(values.to(tl.int32, bitcast=True)), axis=0)).to(
+        tl.float32, bitcast=True
+    )
+
+
+@triton.jit
+def _turn(bits):
+    """Map a float32's bits to an integer of the same order, or back."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def at_rank(values, rank, wanted):
+    """Return the float32 whose `rank` is the wanted one, 0 if none is."""
+    bits = tl.where(rank == wanted, values.to(tl.int32, bitcast=True), LOWEST)
+    return tl.max(bits, axis=0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def rank_highest(ordered, ties, first, depth):
     """Rank the `depth` highest, ties by lowest `ties`, which are distinct numbers.
 
@@ -54,10 +75,10 @@ def count_ranks(shares, rank, select, arg0, arg1, k_min, k_max, most, log_e):
         count = k_max * 0 + 1
         mass = arg0 * 0.0
         for step in range(most):
-            mass += tl.sum(tl.where(rank == step, shares, 0.0), axis=0)
+            mass += at_rank(shares, rank, step)
             count += (mass <= arg0).to(tl.int32)
     if (select == RELATIVE) | (select == ABSOLUTE):
-        best = tl.sum(tl.where(rank == 0, shares, 0.0), axis=0)
+        best = at_rank(shares, rank, 0)
         least = tl.where(select == RELATIVE, arg0 * best, arg0)
         # rank 0 is used anyway; the first rank too low ends the run
         reaches = (rank <= 0) | (shares >= least)

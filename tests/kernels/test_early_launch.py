@@ -61,6 +61,7 @@ def compiled(request, monkeypatch, tmp_path):
     def compiled(overlap):
         for module in (route, used_sum):
             monkeypatch.setattr(module, "can_overlap", lambda *_: overlap)
+        monkeypatch.setattr(route, "is_nvidia", lambda *_: True)
         options = constants()
         named = {name: options.pop(name) for name in [*options] if name.isupper()}
         return compile_for_hopper(kernel, named, POINTERS, options)
