@@ -178,7 +178,7 @@ class StepRows:
         self, runs: list[tuple[int, int, int, str]], slots: dict[str, int]
     ) -> None:
         staged = [(first, end, name) for first, end, _, name in runs]
-        # in decoding, batch and plans stay the same; positions matter to draws alone
+        # requests without plans come and go behind; positions matter to draws alone
         if staged == self._staged and not self.features & Features.SAMPLE:
             return
         self._staged = staged

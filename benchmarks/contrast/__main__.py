@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.contrast import cost, kernel
+from benchmarks.overhead.arguments import sizes
 
 RESULTS = Path("benchmarks/results")
 
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     parts = parser.add_subparsers(dest="part", required=True)
     part = parts.add_parser("cost", help=cost.__doc__.split("\n")[0])
     part.add_argument("--model", default="olmoe", help="as of benchmarks.overhead")
-    part.add_argument("--pairs", type=numbers, default=(1, 8, 64))
+    part.add_argument("--pairs", type=sizes, default=(1, 8, 64))
     part.add_argument("--rank", type=int, default=2, help="of the weak stream's expert")
     part.add_argument("--prompt", type=int, default=32, help="tokens before decode")
     part.add_argument("--steps", type=int, default=64, help="decode steps timed")
@@ -37,15 +38,10 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--eager", action="store_true", help="no graphs, no compile")
     part.add_argument("--out", type=Path, help="results/contrast-MODEL.json")
     part = parts.add_parser("kernel", help=kernel.__doc__.split("\n")[0])
-    part.add_argument("--vocab", type=numbers, default=(50304, 128256, 151936))
-    part.add_argument("--pairs", type=numbers, default=(1, 8, 64, 256))
+    part.add_argument("--vocab", type=sizes, default=(50304, 128256, 151936))
+    part.add_argument("--pairs", type=sizes, default=(1, 8, 64, 256))
     part.add_argument("--out", type=Path, default=RESULTS / "contrast-kernel.json")
     return parser
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Read a list of whole numbers."""
-    return tuple(int(number) for number in text.split(","))
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from benchmarks.overhead import serve
+from benchmarks.overhead.arguments import modes, prefills, sizes
 from benchmarks.overhead.engines import EngineOptions, groups, started
 from benchmarks.overhead.models import DTYPE_BYTES, Model
 from benchmarks.overhead.modes import MODES
@@ -58,36 +59,6 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="results/overhead-MODEL.json")
     return parser
-
-
-def modes(text: str) -> tuple[str, ...]:
-    """Read a list of modes."""
-    found = tuple(text.split(","))
-    unknown = [mode for mode in found if mode not in MODES]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"expected some of {', '.join(MODES)}, got {', '.join(unknown)}"
-        )
-    return tuple(dict.fromkeys(("stock", *found)))
-
-
-def sizes(text: str) -> tuple[int, ...]:
-    """Read a list of batch sizes."""
-    try:
-        return tuple(int(size) for size in text.split(","))
-    except ValueError:
-        message = f"expected numbers such as 1,8,64, got {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
-
-
-def prefills(text: str) -> tuple[tuple[int, int], ...]:
-    """Read a list of REQUESTSxTOKENS; empty text is none."""
-    pairs = (pair.split("x") for pair in text.split(",") if pair)
-    try:
-        return tuple((int(count), int(tokens)) for count, tokens in pairs)
-    except ValueError:
-        message = f"expected REQUESTSxTOKENS such as 8x128,64x128, got {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
 
 
 def run(args: argparse.Namespace, begin: float) -> dict:

@@ -75,9 +75,9 @@ def requests(
 def edited(shape: RouterShape, seed: str) -> dict[str, Any]:
     """Return a request that uses bias, promote, demote and top-p in every layer.
 
-    With random weights a router's probabilities are all but equal, so that top-p
-    keeps the model's own number of experts and the mode's time is the plugin's, not
-    that of fewer or more experts.
+    With random weights the best experts hold less than half of the probability,
+    so that top-p keeps the model's own number of them and the mode's time is the
+    plugin's, not that of fewer or more experts.
     """
     rng = random.Random(seed)
     bias, promote, demote = [], [], []
