@@ -170,27 +170,25 @@ def _view(packed: torch.Tensor, num_experts: int) -> LayerTable:
     return LayerTable(**_unpacked(packed, num_experts, _TORCH), packed=packed)
 
 
+_FIELDS_OF = {
+    Features.MASK: ("allow",),
+    Features.BIAS: ("bias",),
+    Features.PROMOTE: ("promote", "demote"),
+    Features.TARGET: ("mix",),
+    Features.SELECT: ("select",),
+    Features.WEIGHTS: ("scale", "drop", "renorm"),
+    Features.RECALL: ("memory",),
+}
+
+
 def plan_features(plan: RoutingPlan) -> Features:
-    """Return which optional parts of the row operations a plan uses."""
+    """Return which optional parts of the row operations a plan uses.
 
-    def differs(*names: str) -> bool:
-        return any(
-            (value := getattr(plan, name)) is not None
-            and bool((value != FIELDS[name][2]).any())
-            for name in names
-        )
-
+    A field that is set counts: `RoutingPlan.normalised` leaves no neutral ones.
+    """
     used = Features.NONE
-    for feature, names in (
-        (Features.MASK, ("allow",)),
-        (Features.BIAS, ("bias",)),
-        (Features.PROMOTE, ("promote", "demote")),
-        (Features.TARGET, ("mix",)),
-        (Features.SELECT, ("select",)),
-        (Features.WEIGHTS, ("scale", "drop", "renorm")),
-        (Features.RECALL, ("memory",)),
-    ):
-        if differs(*names):
+    for feature, names in _FIELDS_OF.items():
+        if any(getattr(plan, name) is not None for name in names):
             used |= feature
     if plan.select is not None and (plan.select == Select.SAMPLE).any():
         used |= Features.SAMPLE
