@@ -170,15 +170,17 @@ def _view(packed: torch.Tensor, num_experts: int) -> LayerTable:
     return LayerTable(**_unpacked(packed, num_experts, _TORCH), packed=packed)
 
 
-_FIELDS_OF = {
-    Features.MASK: ("allow",),
-    Features.BIAS: ("bias",),
-    Features.PROMOTE: ("promote", "demote"),
-    Features.TARGET: ("mix",),
-    Features.SELECT: ("select",),
-    Features.WEIGHTS: ("scale", "drop", "renorm"),
-    Features.RECALL: ("memory",),
+_FEATURE_OF = {
+    "allow": Features.MASK,
+    "bias": Features.BIAS,
+    **dict.fromkeys(("promote", "demote"), Features.PROMOTE),
+    "mix": Features.TARGET,
+    "select": Features.SELECT,
+    **dict.fromkeys(("scale", "drop", "renorm"), Features.WEIGHTS),
+    "memory": Features.RECALL,
 }
+# plain integers: an IntFlag takes a microsecond for every `|`
+_BIT_OF = {name: feature.value for name, feature in _FEATURE_OF.items()}
 
 
 def plan_features(plan: RoutingPlan) -> Features:
@@ -186,13 +188,13 @@ def plan_features(plan: RoutingPlan) -> Features:
 
     A field that is set counts: `RoutingPlan.normalised` leaves no neutral ones.
     """
-    used = Features.NONE
-    for feature, names in _FIELDS_OF.items():
-        if any(getattr(plan, name) is not None for name in names):
-            used |= feature
+    used = 0
+    for name, bit in _BIT_OF.items():
+        if getattr(plan, name) is not None:
+            used |= bit
     if plan.select is not None and (plan.select == Select.SAMPLE).any():
-        used |= Features.SAMPLE
-    return used
+        used |= Features.SAMPLE.value
+    return Features(used)
 
 
 def _pack_neutral(shape: RouterShape) -> np.ndarray:

@@ -57,6 +57,6 @@ class SlotTable:
     def features(self) -> Features:
         """Return what the pinned slots use, for the oracle to skip the rest."""
         used = Features(0)
-        for slot in self.pinned.values():
-            used |= self.table.features(slot)
+        for features in {self.table.features(slot) for slot in self.pinned.values()}:
+            used |= features
         return used
